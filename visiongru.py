@@ -1,0 +1,484 @@
+"""VisionGRU in one file: an image classifier whose only way to move information across the picture is a recurrence.
+
+    Yin et al., "VisionGRU: A Linear-Complexity RNN Model for Efficient Image Analysis", arXiv 2412.18178
+    Feng et al., "Were RNNs All We Needed?" (minGRU), arXiv 2410.01201
+    Heinsen, "Efficient Parallelization of a Ubiquitous Sequential Computation" (log-space scan), arXiv 2311.06281
+
+Read it from top to bottom; each part uses only what stands above it:
+
+    1. the linear recurrence h_t = a_t h_{t-1} + b_t, computed in three ways that agree
+    2. MinGRU, a recurrent layer whose gates do not look at the state, so that it is such a recurrence
+    3. GRU2D, one MinGRU over the pixels in raster order and another over them in reverse
+    4. Block, Stem, Downsample: what stands around it
+    5. VisionGRU, the hierarchy of four stages, and its named sizes
+    6. load_weights, for our checkpoints and those of the paper's authors
+
+Letters, in the code and in the papers:
+
+    B        images, or sequences, in a batch
+    T        length of a sequence; for an image T = H W, its pixels row after row (raster order)
+    H, W     height and width of a feature map
+    C, dim   channels of a feature map (the paper's D at stage 1, then 2D, 4D, 8D)
+    E        hidden width of a minGRU, E = expansion * dim
+    z        the gate in (0, 1): how much of the new candidate is taken in
+    h~       the candidate, always positive
+    a, b     the recurrence's coefficients: a = 1 - z (how much is kept), b = z * h~
+    h, h0    the state, and the state before the first element
+
+Feature maps are (B, H, W, C) inside the blocks: LayerNorm, the products and the scan all want the channels last, and
+for a convolution the same memory is a channels_last (B, C, H, W). Every permute below is a view.
+"""
+
+import math
+import os
+import re
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The linear recurrence  h_t = a_t h_{t-1} + b_t
+#
+# Three functions with one signature: a and b are (B, T, E), h0 is (B, E) or None for zero, and the result holds every
+# h_t, (B, T, E). With reverse=True time runs from the last element to the first, h_t = a_t h_{t+1} + b_t, and h0 is
+# the state beyond the last element.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def scan_sequential(a, b, h0=None, reverse=False):
+    """The definition, one step after another: T steps, each on (B, E)."""
+    h = torch.zeros_like(b[:, 0]) if h0 is None else h0
+    states = []
+    steps = range(a.shape[1])
+    for t in reversed(steps) if reverse else steps:
+        h = a[:, t] * h + b[:, t]
+        states.append(h)
+    return torch.stack(states[::-1] if reverse else states, dim=1)
+
+
+def scan_log(a, b, h0=None, reverse=False):
+    """The minGRU paper's parallel form (arXiv 2410.01201, appendix B): with A_t = a_1 a_2 ... a_t,
+
+        h_t = A_t (h_0 + sum_{s<=t} b_s / A_s) = exp(log A_t + logcumsumexp_{s<=t}(log b_s - log A_s)).
+
+    It needs a >= 0, b > 0 and h0 >= 0. log A_t grows with t, so a rounding error of one part in 10^7 of it becomes an
+    ever larger relative error of h_t: in float32 some 1e-2 at T = 65,536. Kept for comparison.
+    """
+    if reverse:
+        return scan_log(a.flip(1), b.flip(1), h0).flip(1)
+    if h0 is not None:  # h_1 = a_1 h_0 + b_1: the state before the first element goes into the first b
+        b = torch.cat([torch.addcmul(b[:, :1], a[:, :1], h0[:, None]), b[:, 1:]], dim=1)
+    tiny = torch.finfo(a.dtype).tiny  # a gate that is fully open has a = 0; what it forgets is below rounding anyhow
+    log_A = a.clamp_min(tiny).log().cumsum(dim=1)
+    return (log_A + torch.logcumsumexp(b.clamp_min(tiny).log() - log_A, dim=1)).exp()
+
+
+def scan_parallel(a, b, h0=None, reverse=False):
+    """Ours: real-space, O(T) work in O(sqrt(T)) steps, with its gradient written out (see `_ParallelScan`).
+
+    With 0 <= a <= 1 and b >= 0 every operation adds or multiplies numbers of one sign, nothing overflows and nothing
+    cancels: in float32 it keeps the accuracy of the sequential form at any length.
+    """
+    return _ParallelScan.apply(a, b, h0, reverse)
+
+
+class _ParallelScan(torch.autograd.Function):
+    """With G_t = dL/dh_t as seen through all later states,
+
+        G_t = dL/dh_t (direct) + a_{t+1} G_{t+1},    dL/db_t = G_t,    dL/da_t = G_t h_{t-1},    dL/dh_0 = a_1 G_1:
+
+    the gradient of a scan is the same scan run backwards, so `backward` calls the forward pass with the direction
+    turned round. Only a and h are kept for it, and it can itself be differentiated.
+    """
+
+    @staticmethod
+    def forward(ctx, a, b, h0, reverse):
+        h = _scan_rows(a, b, h0, reverse)
+        ctx.save_for_backward(a, h, h0)
+        ctx.reverse = reverse
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, h, h0 = ctx.saved_tensors
+        first, shift = (-1, -1) if ctx.reverse else (0, 1)  # where time starts; +1 shifts towards larger t
+        # roll wraps a_1 round to the end, where it meets the zero state that the backward scan starts from
+        G = _ParallelScan.apply(a.roll(-shift, dims=1), grad, None, not ctx.reverse)
+        before = torch.zeros_like(h[:, :1]) if h0 is None else h0[:, None]
+        previous = torch.cat([h[:, 1:], before] if ctx.reverse else [before, h[:, :-1]], dim=1)
+        return G * previous, G, None if h0 is None else a[:, first] * G[:, first], None
+
+
+def _scan_rows(a, b, h0, reverse):
+    """Cut the sequence into about sqrt(T) rows of W = sqrt(T) elements, as an image is rows of pixels, and
+
+        1. scan all rows at once from a zero state, W steps, keeping only each row's end and the product of its a's;
+        2. carry from row to row: a recurrence over the rows' ends, sqrt(T) steps, gives the state before each row;
+        3. scan all rows at once again, each from its true state, W steps, and write every h_t.
+
+    Step t of a row touches the elements t, t + W, t + 2W, ...: a strided slice of the sequence, so that nothing is
+    padded or copied. Where T is no multiple of W, it is the row reached last in time that is short, so it has no
+    successor to carry to and each slice lines up with the rows reached first.
+    """
+    B, T, E = b.shape
+    W = math.isqrt(T)
+    rows, full = math.ceil(T / W), T // W
+    if reverse:  # anchored at the end: the short row is the first in memory, the last in time
+        step = [slice((T - 1 - t) % W, None, W) for t in range(W)]
+        def reached_first(x, n): return x[:, x.shape[1] - n:]
+    else:
+        step = [slice(t, None, W) for t in range(W)]
+        def reached_first(x, n): return x[:, :n]
+
+    product, end = reached_first(a[:, step[0]], full), reached_first(b[:, step[0]], full)
+    for t in range(1, W):
+        a_t = reached_first(a[:, step[t]], full)
+        product, end = product * a_t, torch.addcmul(reached_first(b[:, step[t]], full), a_t, end)
+
+    start = torch.zeros_like(b[:, 0]) if h0 is None else h0
+    starts = [start]
+    for row in list(range(full))[::-1 if reverse else 1][:rows - 1]:
+        start = torch.addcmul(end[:, row], product[:, row], start)
+        starts.append(start)
+    state = torch.stack(starts[::-1] if reverse else starts, dim=1)
+
+    h = torch.empty_like(b, memory_format=torch.contiguous_format)
+    for t in range(W):
+        a_t, b_t, h_t = a[:, step[t]], b[:, step[t]], h[:, step[t]]
+        state = torch.addcmul(b_t, a_t, reached_first(state, b_t.shape[1]), out=h_t)
+    return h
+
+
+SCANS = {"parallel": scan_parallel, "log": scan_log, "sequential": scan_sequential}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. minGRU
+# ---------------------------------------------------------------------------------------------------------------------
+
+class MinGRU(nn.Module):
+    """minGRU (arXiv 2410.01201): a GRU whose gate and candidate depend on the input alone.
+
+        z_t  = sigmoid(W_z x_t)
+        h~_t = g(W_h x_t),    g(u) = u + 1/2 for u >= 0, sigmoid(u) for u < 0
+        h_t  = (1 - z_t) * h_{t-1} + z_t * h~_t
+        y_t  = W_o h_t        (y_t = h_t where expansion = 1)
+
+    W_h and W_z are the two halves of `in_proj`, W_o is `out_proj`; none has a bias. The recurrence is computed in
+    float32 at least, whatever the inputs' type, under autocast too.
+
+    Args:
+        dim: width of the inputs and outputs.
+        expansion: hidden width E as a multiple of dim.
+        scan: "parallel", "log" or "sequential": how the recurrence is computed, never what.
+    Raises:
+        ValueError: an unknown scan, or a width that is not a positive whole number.
+    """
+
+    def __init__(self, dim, expansion=2, scan="parallel"):
+        super().__init__()
+        if scan not in SCANS:
+            raise ValueError(f"scan is {scan!r}; expected one of {', '.join(map(repr, SCANS))}")
+        hidden = dim * expansion
+        if dim < 1 or hidden < 1 or dim != int(dim) or hidden != int(hidden):
+            raise ValueError(f"dim is {dim} and expansion {expansion}; expected dim and dim * expansion to be "
+                             f"positive whole numbers")
+        self.scan = scan
+        self.in_proj = nn.Linear(dim, 2 * int(hidden), bias=False)
+        self.out_proj = nn.Identity() if expansion == 1 else nn.Linear(int(hidden), dim, bias=False)
+
+    def forward(self, x, h0=None, reverse=False):
+        """x (B, T, dim), h0 (B, E) or None for zero -> y (B, T, dim) and the state after the last element, (B, E).
+
+        With reverse=True the sequence is read from its end, h0 is the state beyond the end, and the state returned is
+        the one at the first element.
+        """
+        h = SCANS[self.scan](*self.coefficients(x), h0, reverse)
+        return self._project(h), h[:, 0 if reverse else -1]
+
+    def step(self, x_t, h=None):
+        """One element of a stream: x_t (B, dim), h (B, E) or None for zero -> y_t (B, dim), h (B, E)."""
+        a, b = self.coefficients(x_t)
+        h = b if h is None else a * h + b
+        return self._project(h), h
+
+    def coefficients(self, x):
+        """x (..., dim) -> a = 1 - z and b = z * h~, both (..., E) and in float32 at least."""
+        u = self.in_proj(x)
+        candidate, gate = u.to(torch.promote_types(u.dtype, torch.float32)).chunk(2, dim=-1)
+        # sigmoid(-gate), not 1 - z: the subtraction would leave few digits of an a near zero
+        return torch.sigmoid(-gate), torch.sigmoid(gate) * g(candidate)
+
+    def _project(self, h):
+        return self.out_proj(h.to(self.in_proj.weight.dtype))
+
+
+def g(u):
+    """The candidate's activation: u + 1/2 for u >= 0, sigmoid(u) for u < 0. Continuous and always positive."""
+    return torch.where(u >= 0, u + 0.5, torch.sigmoid(u))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. 2DGRU
+# ---------------------------------------------------------------------------------------------------------------------
+
+class GRU2D(nn.Module):
+    """The paper's bidirectional 2DGRU (eq. 9-11): each position L of the raster order receives
+
+        from the left    sum_{m <= L} [prod_{k=m+1..L} (1 - z_k)] z_m h~_m      through `left`, and
+        from the right   sum_{m >= L} [prod_{k=L..m-1} (1 - z_k)] z_m h~_m      through `right`,
+
+    each with weights of its own; the two outputs are added. x (B, H, W, C) -> (B, H, W, C), any H and W.
+    """
+
+    def __init__(self, dim, expansion=2, scan="parallel"):
+        super().__init__()
+        self.left = MinGRU(dim, expansion, scan)
+        self.right = MinGRU(dim, expansion, scan)
+
+    def forward(self, x):
+        sequence = x.flatten(1, 2)                                              # (B, H*W, C), raster order
+        y = self.left(sequence)[0] + self.right(sequence, reverse=True)[0]
+        return y.view_as(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Around it: block, stem, downsampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+def to_channels_first(x):
+    return x.permute(0, 3, 1, 2)                                                # (B, H, W, C) -> (B, C, H, W)
+
+
+def to_channels_last(x):
+    return x.permute(0, 2, 3, 1)                                                # (B, C, H, W) -> (B, H, W, C)
+
+
+class Block(nn.Module):
+    """x = x + 2DGRU(DWConv3x3(LN(x))), then x = x + FFN(LN(x)). (B, H, W, C) -> (B, H, W, C).
+
+    The depthwise convolution lets a pixel see its neighbours above and below before the scan, which walks along rows.
+    `drop_path` is the probability that a sample skips a residual branch in training (stochastic depth).
+    """
+
+    def __init__(self, dim, expansion=2, mlp_ratio=4, drop_path=0.0, scan="parallel"):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        self.gru = GRU2D(dim, expansion, scan)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.ffn = nn.Sequential(nn.Linear(dim, int(mlp_ratio * dim)), nn.GELU(), nn.Linear(int(mlp_ratio * dim), dim))
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x):
+        y = to_channels_last(self.dwconv(to_channels_first(self.norm1(x))))
+        x = x + self.drop_path(self.gru(y))
+        return x + self.drop_path(self.ffn(self.norm2(x)))
+
+
+class Stem(nn.Module):
+    """Image to tokens of 4x4 pixels by two strided convolutions: (B, 3, H, W) -> (B, H/4, W/4, dim), rounded up."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, dim // 2, kernel_size=3, stride=2, padding=1)
+        self.norm1 = nn.LayerNorm(dim // 2, eps=1e-6)
+        self.conv2 = nn.Conv2d(dim // 2, dim, kernel_size=3, stride=2, padding=1)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x):
+        x = F.gelu(self.norm1(to_channels_last(self.conv1(x))))
+        return self.norm2(to_channels_last(self.conv2(to_channels_first(x))))
+
+
+class Downsample(nn.Module):
+    """Half the resolution, twice the channels: (B, H, W, C) -> (B, H/2, W/2, 2C), rounded up."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(2 * dim, eps=1e-6)
+
+    def forward(self, x):
+        return self.norm(to_channels_last(self.conv(to_channels_first(x))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. VisionGRU
+# ---------------------------------------------------------------------------------------------------------------------
+
+class VisionGRU(nn.Module):
+    """Four stages of blocks at 1/4, 1/8, 1/16 and 1/32 of the image's size, with dim, 2 dim, 4 dim, 8 dim channels.
+
+    Args:
+        num_classes: width of the classifier.
+        dim: channels of the first stage, even (the paper's D).
+        depths: blocks in each of the four stages.
+        expansion: hidden width of the minGRUs as a multiple of their stage's channels.
+        mlp_ratio: hidden width of the FFNs, likewise.
+        drop_path: stochastic depth: the probability of the last block; it grows linearly from 0 at the first.
+        scan: "parallel", "log" or "sequential", as in `MinGRU`; all have the same parameters and results.
+    Raises:
+        ValueError: sizes that make no sense, with what was expected.
+    """
+
+    def __init__(self, num_classes=1000, dim=72, depths=(2, 2, 8, 2), expansion=2, mlp_ratio=4, drop_path=0.0,
+                 scan="parallel"):
+        super().__init__()
+        if len(depths) != 4 or any(depth != int(depth) or depth < 1 for depth in depths):
+            raise ValueError(f"depths is {depths!r}; expected four whole numbers of at least 1, one for each stage")
+        if dim != int(dim) or dim < 2 or dim % 2:
+            raise ValueError(f"dim is {dim}; expected an even number of at least 2 (the stem starts with half of it)")
+        if num_classes != int(num_classes) or num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; expected a whole number of at least 1")
+        if mlp_ratio * dim < 1:
+            raise ValueError(f"mlp_ratio is {mlp_ratio}; expected a positive number")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path is {drop_path}; expected a probability of at least 0 and below 1")
+        self.num_classes = num_classes
+        self.dims = [dim * 2**stage for stage in range(4)]
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        self.stem = Stem(dim)
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(Block(width, expansion, mlp_ratio, next(rates), scan) for _ in range(depth)))
+            for width, depth in zip(self.dims, depths))
+        self.downsamples = nn.ModuleList(Downsample(width) for width in self.dims[:-1])
+        self.head = nn.Linear(self.dims[-1], num_classes)
+
+    def features(self, x):
+        """x (B, 3, H, W) -> the outputs of the four stages, (B, C_i, H_i, W_i) with C_i = dim, 2 dim, 4 dim, 8 dim and
+        sizes of 1/4, 1/8, 1/16, 1/32 of the image, rounded up. No norm is applied to them.
+
+        Any height and width of at least 32 pixels; any floating-point type, which is cast to the parameters' own.
+
+        Raises:
+            ValueError: x has another shape, is smaller than 32 pixels or is not floating point.
+        """
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"images have shape {tuple(x.shape)}; expected (B, 3, H, W)")
+        if x.shape[2] < 32 or x.shape[3] < 32:
+            raise ValueError(f"images are {x.shape[2]} x {x.shape[3]} pixels; expected at least 32 x 32")
+        if not x.is_floating_point():
+            raise ValueError(f"images are {x.dtype}; expected floating point, scaled and normalised "
+                             f"(for bytes: torchvision's to_dtype(x, torch.float32, scale=True), then normalize)")
+        x = self.stem(x.to(self.head.weight.dtype))
+        maps = []
+        for stage, downsample in zip(self.stages, [*self.downsamples, None]):
+            x = stage(x)
+            maps.append(to_channels_first(x))
+            if downsample is not None:
+                x = downsample(x)
+        return maps
+
+    def forward(self, x):
+        """x (B, 3, H, W) -> logits (B, num_classes): the last stage's mean over positions, then a linear layer.
+
+        Sizes, types and errors as for `features`.
+        """
+        return self.head(self.features(x)[-1].mean(dim=(2, 3)))
+
+
+def visiongru_nano(**kw):
+    """Ours, for laptops and tests: 2.9 M parameters at 1000 classes."""
+    return VisionGRU(**{"dim": 24, "depths": (2, 2, 6, 2), **kw})
+
+
+def visiongru_tiny(**kw):
+    """The paper's VisionGRU-Ti: 30.2 M parameters, 4.87 G multiply-adds at 224 px."""
+    return VisionGRU(**{"dim": 72, "depths": (2, 2, 8, 2), **kw})
+
+
+def visiongru_base(**kw):
+    """The paper's VisionGRU-B: 86.9 M parameters."""
+    return VisionGRU(**{"dim": 104, "depths": (2, 2, 15, 2), **kw})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Loading weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The release's names, on the left, and ours. min_gru_1 reads forward; to_hidden_and_gate has the candidate's rows
+# first, as our in_proj has.
+_RELEASE_NAMES = [
+    (r"^tokenizer\.", "stem."),
+    (r"^snake_gru\.layers\.(\d+)\.(\d+)\.", r"stages.\1.\2."),
+    (r"\.min_gru_1\.", ".gru.left."),
+    (r"\.min_gru_2\.", ".gru.right."),
+    (r"\.to_hidden_and_gate\.", ".in_proj."),
+    (r"\.to_out\.", ".out_proj."),
+    (r"^(stages\.\d+\.\d+)\.norm\.", r"\1.norm1."),
+    (r"\.dw_conv\.", ".dwconv."),
+    (r"\.projection1\.", ".ffn.0."),
+    (r"\.projection2\.", ".ffn.2."),
+    (r"^snake_gru\.(conv|norm)([123])\.", lambda m: f"downsamples.{int(m[2]) - 1}.{m[1]}."),
+    (r"^fc\.", "head."),
+]
+
+
+def _our_name(key):
+    """A parameter's name in a checkpoint of ours or of the release, with any wrapper's prefix -> its name here."""
+    key = re.sub(r"^(module\.|_orig_mod\.|vig\.|backbone\.vig\.)+", "", key)
+    for pattern, ours in _RELEASE_NAMES:
+        key = re.sub(pattern, ours, key)
+    return key
+
+
+def load_weights(model, source):
+    """Fill `model` with the weights of `source` and return it.
+
+    Args:
+        model: a model of this file.
+        source: a path, or what `torch.load` returned for it: a state dict of ours or of the authors' release (with or
+            without the prefixes that DataParallel, torch.compile, AveragedModel and the release's wrappers put before
+            the names), or a checkpoint of train.py. Such a checkpoint holds the model and, where one was kept, the
+            moving average of its weights; the one that validated better, as its entry "better" says, is taken. For a
+            choice of your own pass `torch.load(path)["model"]` or `["ema"]`.
+
+    A classifier for another number of classes is left at its initial values, with a warning: that is fine-tuning.
+
+    Raises:
+        ValueError: `source` holds no weights, or they do not fit: the message lists what is missing, unexpected and
+            mis-shaped, and the model is as it was.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        name = os.fspath(source)
+        try:
+            source = torch.load(name, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, IsADirectoryError, PermissionError):
+            raise
+        except Exception as error:
+            raise ValueError(f"{name} is not a file of weights that torch.load(..., weights_only=True) can read: "
+                             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    else:
+        name = "the state dict"
+    if isinstance(source, dict) and isinstance(source.get("model"), dict):
+        source = source[source.get("better", "ema" if source.get("ema") else "model")]
+    elif isinstance(source, dict) and isinstance(source.get("state_dict"), dict):
+        source = source["state_dict"]
+    if not isinstance(source, dict) or not any(isinstance(value, torch.Tensor) for value in source.values()):
+        raise ValueError(f"{name} holds no weights; expected a dict of parameter names and tensors")
+
+    found = {_our_name(key): value for key, value in source.items() if key != "n_averaged"}  # AveragedModel's counter
+    expected = model.state_dict()
+    head = {"head.weight", "head.bias"}
+    if head <= found.keys() & expected.keys() and found["head.weight"].shape != expected["head.weight"].shape \
+            and found["head.weight"].shape[1:] == expected["head.weight"].shape[1:]:
+        warnings.warn(f"{name} has a classifier for {len(found['head.weight'])} classes and the model one for "
+                      f"{len(expected['head.weight'])}: it is left at its initial values", stacklevel=2)
+        found.update({key: expected[key] for key in head})
+
+    def listed(title, keys):
+        return [f"{title}: {', '.join(keys)}"] if keys else []
+    problems = (
+        listed("missing", [key for key in expected if key not in found]) +
+        listed("unexpected", [key for key in found if key not in expected]) +
+        listed("mis-shaped", [f"{key} {tuple(getattr(found[key], 'shape', ()))} instead of {tuple(expected[key].shape)}"
+                              for key in expected if key in found
+                              and getattr(found[key], "shape", None) != expected[key].shape]))
+    if problems:
+        raise ValueError("\n  ".join([f"{name} does not fit this {type(model).__name__}", *problems]))
+    model.load_state_dict(found)
+    return model
