@@ -1,0 +1,513 @@
+"""What VisionGRU promises, each promise on the smallest case that could break it. `pytest` runs all of it."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+import visiongru
+from visiongru import (GRU2D, MinGRU, VisionGRU, load_weights, scan_log, scan_parallel, scan_sequential, visiongru_base,
+                       visiongru_nano, visiongru_tiny)
+
+HERE = Path(__file__).parent
+MICRO = dict(dim=8, depths=(1, 1, 2, 1))
+
+
+@pytest.fixture(autouse=True)
+def repeatable():
+    torch.manual_seed(0)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recurrence
+# ---------------------------------------------------------------------------------------------------------------------
+
+def coefficients(T, with_h0, dtype=torch.float64):
+    a, b = torch.rand(2, T, 3, dtype=dtype), torch.rand(2, T, 3, dtype=dtype) + 0.1
+    h0 = torch.rand(2, 3, dtype=dtype) if with_h0 else None
+    return [t.requires_grad_() if t is not None else None for t in (a, b, h0)]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("with_h0", [False, True])
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 9, 12, 35, 37, 1009])
+def test_the_three_scans_agree_in_value_and_gradient(T, with_h0, reverse):
+    inputs = coefficients(T, with_h0)
+    weight = torch.randn(2, T, 3, dtype=torch.float64)
+    results = []
+    for scan in (scan_sequential, scan_parallel, scan_log):
+        h = scan(*inputs, reverse=reverse)
+        grads = torch.autograd.grad((h * weight).sum(), [t for t in inputs if t is not None])
+        results.append([h, *grads])
+    for result in results[1:]:
+        for value, expected in zip(result, results[0]):
+            torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("with_h0", [False, True])
+@pytest.mark.parametrize("T", [1, 2, 5, 8])
+def test_the_parallel_scan_has_the_right_first_and_second_derivatives(T, with_h0, reverse):
+    inputs = [t for t in coefficients(T, with_h0) if t is not None]
+    assert torch.autograd.gradcheck(lambda *t: scan_parallel(*t, reverse=reverse), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: scan_parallel(*t, reverse=reverse), inputs)
+
+
+def test_a_long_scan_agrees_with_the_loop_in_both_directions():
+    a, b = torch.rand(1, 20_011, 2, dtype=torch.float64), torch.rand(1, 20_011, 2, dtype=torch.float64)
+    for reverse in (False, True):
+        torch.testing.assert_close(scan_parallel(a, b, reverse=reverse), scan_sequential(a, b, reverse=reverse))
+
+
+def test_reverse_is_the_flipped_sequence():
+    a, b, h0 = coefficients(11, True)
+    for scan in (scan_sequential, scan_parallel, scan_log):
+        torch.testing.assert_close(scan(a, b, h0, reverse=True), scan(a.flip(1), b.flip(1), h0).flip(1))
+
+
+def test_the_parallel_scan_reads_views_and_writes_no_input():
+    a, b = torch.rand(2, 24, 3), torch.rand(2, 24, 3)
+    views = a.transpose(0, 1).contiguous().transpose(0, 1), torch.cat([b, b], dim=2)[..., 3:]
+    copies = [v.clone() for v in views]
+    torch.testing.assert_close(scan_parallel(*views), scan_sequential(a, b))
+    assert all(torch.equal(view, copy) for view, copy in zip(views, copies))
+
+
+class Given(torch.nn.Module):
+    """In place of in_proj: the gate and candidate are the input itself."""
+
+    def forward(self, x):
+        return x
+
+
+def relative_error(scan, u, reverse):
+    gru = MinGRU(1, expansion=2, scan=scan)
+    gru.in_proj = Given()
+    a, b = gru.coefficients(u)
+    exact = scan_sequential(*gru.coefficients(u.double()), reverse=reverse)
+    return ((visiongru.SCANS[scan](a, b, reverse=reverse) - exact).abs() / exact).max().item()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("gates", [-8, 0, 8], ids=["nearly closed", "typical", "nearly open"])
+def test_float32_keeps_its_accuracy_over_65536_steps_and_log_space_does_not(gates, reverse):
+    u = torch.randn(1, 65_536, 4)
+    u[..., 2:] += gates  # candidates first, then gates
+    assert relative_error("parallel", u, reverse) < 1e-5
+    if gates >= 0:  # with closed gates log A_t hardly grows, and log-space does better
+        assert relative_error("log", u, reverse) > 1e-4
+
+
+def test_gradients_of_the_float32_scan_are_accurate_too():
+    a, b = torch.sigmoid(torch.randn(1, 16_384, 2)), torch.rand(1, 16_384, 2)
+    weight = torch.rand(1, 16_384, 2)
+    grads = []
+    for dtype, scan in ((torch.float32, scan_parallel), (torch.float64, scan_sequential)):
+        inputs = [a.to(dtype, copy=True).requires_grad_(), b.to(dtype, copy=True).requires_grad_()]
+        grads.append(torch.autograd.grad((scan(*inputs) * weight).sum(), inputs))
+    for value, exact in zip(*grads):
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# minGRU and 2DGRU
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("expansion", [1, 2, 1.5])
+def test_mingru_computes_its_equations(expansion):
+    gru = MinGRU(6, expansion).double()
+    E = int(6 * expansion)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    W_h, W_z = gru.in_proj.weight[:E], gru.in_proj.weight[E:]
+    h, outputs = torch.zeros(2, E, dtype=torch.float64), []
+    for x_t in x.unbind(1):
+        z, u = torch.sigmoid(x_t @ W_z.T), x_t @ W_h.T
+        h = (1 - z) * h + z * torch.where(u >= 0, u + 0.5, torch.sigmoid(u))
+        outputs.append(h if expansion == 1 else h @ gru.out_proj.weight.T)
+    y, h_T = gru(x)
+    torch.testing.assert_close(y, torch.stack(outputs, 1))
+    torch.testing.assert_close(h_T, h)
+
+
+@pytest.mark.parametrize("scan", visiongru.SCANS)
+def test_step_equals_the_whole_sequence_and_the_state_carries(scan):
+    gru = MinGRU(4, scan=scan).double()
+    x = torch.randn(3, 13, 4, dtype=torch.float64)
+    y, h_T = gru(x)
+    h, steps = None, []
+    for x_t in x.unbind(1):
+        y_t, h = gru.step(x_t, h)
+        steps.append(y_t)
+    torch.testing.assert_close(torch.stack(steps, 1), y)
+    torch.testing.assert_close(h, h_T)
+    first, h_5 = gru(x[:, :5])
+    rest, h_13 = gru(x[:, 5:], h_5)
+    torch.testing.assert_close(torch.cat([first, rest], 1), y)
+    torch.testing.assert_close(h_13, h_T)
+
+
+def test_mingru_reversed_returns_the_state_at_the_first_element():
+    gru = MinGRU(4).double()
+    x, h0 = torch.randn(2, 7, 4, dtype=torch.float64), torch.rand(2, 8, dtype=torch.float64)
+    y, h = gru(x, h0, reverse=True)
+    flipped, h_flipped = gru(x.flip(1), h0)
+    torch.testing.assert_close(y, flipped.flip(1))
+    torch.testing.assert_close(h, h_flipped)
+
+
+def test_2dgru_is_the_papers_two_triangular_matrices():
+    gru = GRU2D(3, expansion=1).double()
+    x = torch.randn(1, 3, 4, 3, dtype=torch.float64)
+    expected = torch.zeros(12, 3, dtype=torch.float64)
+    for direction in (gru.left, gru.right):
+        a, b = (t[0] for t in direction.coefficients(x.flatten(1, 2)))
+        for L in range(12):
+            for m in (range(L + 1) if direction is gru.left else range(L, 12)):
+                between = a[m + 1:L + 1] if direction is gru.left else a[L:m]
+                expected[L] += between.prod(0) * b[m]
+    torch.testing.assert_close(gru(x).view(12, 3), expected)
+
+
+def test_every_pixel_reaches_every_other():
+    gru = GRU2D(3).double()
+    x = torch.randn(1, 4, 5, 3, dtype=torch.float64)
+    for i, j in ((0, 0), (1, 3), (3, 4)):
+        changed = x.clone()
+        changed[0, i, j] += 1
+        assert ((gru(changed) - gru(x)).abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scan", visiongru.SCANS)
+def test_extreme_inputs_stay_finite_under_autocast(dtype, scan):
+    gru = GRU2D(8, scan=scan)
+    for size in (0.0, 1e-6, 1.0, 1e3, 3e4):
+        x = (size * torch.randn(2, 6, 7, 8)).clamp(-6e4, 6e4).requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = gru(x)
+        (y.float() / (1 + size)).mean().backward()
+        assert y.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in [x, *gru.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_recurrence_accumulates_in_float32_under_autocast_and_in_half_models(dtype):
+    gru = MinGRU(4)
+    x = torch.randn(1, 50, 4)
+    with torch.autocast("cpu", dtype):
+        a, b = gru.coefficients(x)
+        y, h = gru(x)
+    assert a.dtype == b.dtype == h.dtype == torch.float32 and y.dtype == dtype
+    y, h = gru.to(dtype)(x.to(dtype))
+    assert h.dtype == torch.float32 and y.dtype == dtype
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: MinGRU(4, scan="fast"), "scan is 'fast'; expected one of 'parallel', 'log', 'sequential'"),
+    (lambda: GRU2D(4, scan=None), "scan is None"),
+    (lambda: MinGRU(0), "dim is 0"),
+    (lambda: MinGRU(5, 1.5), "expansion 1.5"),
+    (lambda: VisionGRU(depths=(2, 2)), r"depths is \(2, 2\); expected four"),
+    (lambda: VisionGRU(depths=(2, 2, 0, 2)), "expected four whole numbers of at least 1"),
+    (lambda: VisionGRU(dim=7), "dim is 7; expected an even number"),
+    (lambda: VisionGRU(dim=-8), "dim is -8"),
+    (lambda: VisionGRU(num_classes=0), "num_classes is 0"),
+    (lambda: VisionGRU(mlp_ratio=0), "mlp_ratio is 0"),
+    (lambda: VisionGRU(drop_path=1.0), "drop_path is 1.0"),
+    (lambda: VisionGRU(scan="quick"), "scan is 'quick'"),
+])
+def test_sizes_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole model
+# ---------------------------------------------------------------------------------------------------------------------
+
+def release_names(model):
+    """The names that the authors' release gives to the parameters of `model`, in the same order."""
+    names = []
+    for name in model.state_dict():
+        part = name.split(".")
+        if part[0] == "stages":
+            layer = f"snake_gru.layers.{part[1]}.{part[2]}"
+            rest = ".".join(part[3:])
+            for ours, theirs in (("gru.left.in_proj", "min_gru_1.to_hidden_and_gate"), ("gru.left.out_proj", "min_gru_1.to_out"),
+                                 ("gru.right.in_proj", "min_gru_2.to_hidden_and_gate"), ("gru.right.out_proj", "min_gru_2.to_out"),
+                                 ("norm1", "norm"), ("dwconv", "dw_conv"), ("ffn.0", "projection1"), ("ffn.2", "projection2")):
+                if rest.startswith(ours + "."):
+                    rest = theirs + rest[len(ours):]
+                    break
+            names.append(f"{layer}.{rest}")
+        elif part[0] == "downsamples":
+            names.append(f"snake_gru.{part[2]}{int(part[1]) + 1}.{part[3]}")
+        else:
+            names.append({"stem": "tokenizer", "head": "fc"}[part[0]] + name[len(part[0]):])
+    return names
+
+
+def release_state(model):
+    """A state dict under the release's names, each value made from its parameter's name: what the golden numbers are
+    the authors' code's answer to."""
+    state = {}
+    for name, value in zip(release_names(model), model.state_dict().values()):
+        t = torch.sin(0.7 * torch.arange(value.numel(), dtype=torch.float64) + sum(map(ord, name))).view(value.shape)
+        if name.endswith("bias"):
+            weight = 0.1 * t
+        elif value.ndim == 1:
+            weight = 1 + 0.1 * t
+        else:
+            weight = t * math.sqrt(2 / value[0].numel())
+        state[name] = weight.float()
+    return state
+
+
+def golden_input(batch, height, width):
+    i = torch.arange(batch * 3 * height * width, dtype=torch.float64)
+    return (torch.sin(0.013 * i) + torch.cos(0.00071 * i)).float().double().view(batch, 3, height, width)
+
+
+# What the authors' code computes in float64 for `release_state` and `golden_input`: mean, standard deviation, and the values
+# at eight places spread evenly over the flat result.
+GOLDEN_LOGITS = {
+    (8, (1, 1, 2, 1), 10, 64): (-0.5298888471021985, 3.0196351280583666,
+        [-0.67586685, -4.52903495, 4.07260504, -1.78723826, -0.22247772, -2.39091867, 3.86477214, -3.56821593]),
+    (72, (2, 2, 8, 2), 1000, 224): (-0.01587227750460631, 13.256386728134858,
+        [-5.20928662, 14.33675563, 15.34964491, 15.21583853, -14.04120462, -17.26901239, -16.42623919, -15.35342967]),
+}
+GOLDEN_FEATURES = {  # of the micro model, for each image size: shape, mean, deviation, values
+    (64, 96): [
+        ((8, 16, 24), -0.5574175141402794, 4.324003190871255,
+         [0.28058976, 4.66954953, -3.72635808, -1.74178658, 1.29087471, -3.76566649, 7.44073194, -4.63236582]),
+        ((16, 8, 12), 0.07394817516809009, 1.5207645505314056,
+         [0.47272146, -0.65424548, 1.13986439, 0.09063206, -2.99123092, -0.62857121, 1.45286008, -0.25424899]),
+        ((32, 4, 6), 0.025183171823039238, 2.1066113501786115,
+         [-0.40703334, 1.00960823, -0.7041401, 3.41740596, -2.40441824, 4.34581302, -1.62380396, -0.59183792]),
+        ((64, 2, 3), 0.04958580355607739, 1.413403399221964,
+         [0.18470168, -0.13016827, 0.7348603, 3.5301678, 0.09837994, -0.14368315, 2.03450633, 0.22849192]),
+    ],
+    (97, 130): [
+        ((8, 25, 33), -0.48031192371672965, 4.191852413339776,
+         [1.40295812, 5.37192554, -5.23825164, -4.34640276, 2.52739868, -2.39653152, 7.80932854, -3.19847745]),
+        ((16, 13, 17), 0.06088725475003266, 1.573518085492458,
+         [0.84024928, -2.13358507, 0.50177435, -0.15797584, -1.74140918, -0.29992642, 1.299246, 1.88847796]),
+        ((32, 7, 9), 0.025134150230442215, 1.3713471146280665,
+         [-0.27466969, 1.69453144, 0.97902019, 0.32652303, 0.70256762, 0.23794745, 1.08376165, -2.09677174]),
+        ((64, 4, 5), 0.04534745757522718, 1.2598352212755997,
+         [-1.80409974, -1.00858184, 1.37076848, -0.11614387, 1.47763797, 2.32157229, -0.42101272, 0.42585867]),
+    ],
+}
+
+
+def assert_golden(result, mean, std, values):
+    flat = result.flatten()
+    at = [k * (len(flat) - 1) // 7 for k in range(8)]
+    torch.testing.assert_close(flat[at], torch.tensor(values, dtype=torch.float64), rtol=1e-6, atol=1e-8)
+    assert flat.mean().item() == pytest.approx(mean, rel=1e-6)
+    assert flat.std().item() == pytest.approx(std, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", GOLDEN_LOGITS, ids=["micro", "tiny"])
+def test_the_authors_weights_give_the_authors_logits(case):
+    dim, depths, num_classes, size = case
+    model = VisionGRU(num_classes, dim, depths).double()
+    load_weights(model, release_state(model))
+    with torch.no_grad():
+        assert_golden(model(golden_input(2, size, size)), *GOLDEN_LOGITS[case])
+
+
+@pytest.mark.parametrize("size", GOLDEN_FEATURES)
+def test_the_authors_weights_give_the_authors_features(size):
+    model = VisionGRU(**MICRO).double()
+    load_weights(model, release_state(model))
+    with torch.no_grad():
+        maps = model.features(golden_input(1, *size))
+    assert len(maps) == 4
+    for result, (shape, *golden) in zip(maps, GOLDEN_FEATURES[size]):
+        assert result.shape == (1, *shape)
+        assert_golden(result, *golden)
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_parameter_counts():
+    with torch.device("meta"):
+        assert parameters(visiongru_tiny()) == 30_216_952
+        assert parameters(visiongru_base()) == 86_907_352
+        assert 1e6 < parameters(visiongru_nano()) < 3e6
+        assert parameters(VisionGRU(10, **MICRO)) == 157_778
+
+
+@pytest.mark.parametrize("size, giga", [(224, 4.87), (512, 25.6), (640, 40.0), (1024, 102.3), (1248, 151.9)])
+def test_multiply_adds_of_figure_1(size, giga):
+    with torch.device("meta"):
+        model, x = visiongru_tiny(), torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x) if size == 224 else model.features(x)
+    assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(giga, rel=0.01)
+
+
+@pytest.mark.parametrize("scan", ["log", "sequential"])
+def test_the_choice_of_scan_changes_neither_parameters_nor_result(scan):
+    model, other = VisionGRU(5, **MICRO).double(), VisionGRU(5, **MICRO, scan=scan).double()
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 40, 56, dtype=torch.float64)
+    torch.testing.assert_close(other(x), model(x))
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (33, 47), (32, 500), (97, 64), (131, 131)])
+def test_any_size_and_aspect(height, width):
+    model = VisionGRU(5, **MICRO)
+    x = torch.randn(2, 3, height, width)
+    maps = model.features(x)
+    assert [m.shape for m in maps] == [(2, 8 * 2**i, math.ceil(height / 2**(i + 2)), math.ceil(width / 2**(i + 2)))
+                                       for i in range(4)]
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_float_types_are_taken_as_they_come():
+    model = VisionGRU(5, **MICRO)
+    x = torch.randn(1, 3, 32, 32)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        assert model(x.to(dtype)).dtype == torch.float32
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        y = VisionGRU(5, **MICRO).to(dtype)(x)
+        assert y.dtype == dtype and y.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_model_stays_finite_under_autocast(dtype):
+    model = VisionGRU(5, **MICRO)
+    for size in (0.0, 1.0, 1e3):
+        with torch.autocast("cpu", dtype):
+            loss = F.cross_entropy(model(size * torch.randn(2, 3, 64, 64)).float(), torch.tensor([0, 1]))
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("images, message", [
+    (torch.zeros(3, 64, 64), r"shape \(3, 64, 64\); expected \(B, 3, H, W\)"),
+    (torch.zeros(1, 64, 64, 3), r"shape \(1, 64, 64, 3\)"),
+    (torch.zeros(1, 1, 64, 64), r"shape \(1, 1, 64, 64\)"),
+    (torch.zeros(1, 3, 31, 64), "31 x 64 pixels; expected at least 32 x 32"),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "torch.uint8; expected floating point"),
+])
+def test_images_that_are_none_are_refused(images, message):
+    model = VisionGRU(5, **MICRO)
+    for call in (model, model.features):
+        with pytest.raises(ValueError, match=message):
+            call(images)
+
+
+def test_stochastic_depth_grows_with_depth_acts_in_training_only_and_is_off_by_default():
+    model = VisionGRU(5, **MICRO, drop_path=0.4)
+    rates = [block.drop_path.p for stage in model.stages for block in stage]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    x = torch.randn(4, 3, 32, 32)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    plain = VisionGRU(5, **MICRO)
+    assert torch.equal(plain(x), plain(x))
+
+
+def test_the_named_models_take_the_arguments_of_visiongru():
+    with torch.device("meta"):
+        model = visiongru_nano(num_classes=7, drop_path=0.1, scan="log")
+    assert model.num_classes == 7 and model.stages[3][0].gru.left.scan == "log"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# load_weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+def same(model, state):
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "vig.", "backbone.vig.", "module._orig_mod.",
+                                    "_orig_mod.module.vig."])
+@pytest.mark.parametrize("names", ["ours", "release"])
+def test_weights_load_with_any_prefix(names, prefix, tmp_path):
+    source, model = VisionGRU(5, **MICRO), VisionGRU(5, **MICRO)
+    keys = release_names(source) if names == "release" else source.state_dict()
+    state = {prefix + key: value for key, value in zip(keys, source.state_dict().values())}
+    assert load_weights(model, state) is model and same(model, source.state_dict())
+    torch.save(state, tmp_path / "w.pth")
+    for path in (tmp_path / "w.pth", str(tmp_path / "w.pth")):
+        model = load_weights(VisionGRU(5, **MICRO), path)
+        assert same(model, source.state_dict())
+
+
+@pytest.mark.parametrize("better", ["model", "ema"])
+def test_of_a_checkpoint_the_better_of_model_and_ema_is_loaded(better):
+    states = {name: VisionGRU(5, **MICRO).state_dict() for name in ("model", "ema")}
+    model = load_weights(VisionGRU(5, **MICRO), {**states, "better": better, "epoch": 3})
+    assert same(model, states[better])
+    assert same(load_weights(model, {"model": states["model"], "ema": None, "better": "model"}), states["model"])
+    assert same(load_weights(model, states), states["ema"])
+
+
+def test_an_averaged_models_own_state_dict_loads():
+    model = VisionGRU(5, **MICRO)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    assert same(load_weights(VisionGRU(5, **MICRO), averaged.state_dict()), model.state_dict())
+
+
+@pytest.mark.parametrize("names", ["ours", "release"])
+def test_a_head_of_another_class_count_is_left_alone_with_one_message(names):
+    source, model = VisionGRU(5, **MICRO), VisionGRU(7, **MICRO)
+    keys = release_names(source) if names == "release" else source.state_dict()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="5 classes and the model one for 7") as caught:
+        load_weights(model, dict(zip(keys, source.state_dict().values())))
+    assert len(caught) == 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if name.startswith("head.") else source.state_dict()[name])
+
+
+def test_any_other_mismatch_lists_all_that_is_wrong_and_changes_nothing():
+    state = VisionGRU(5, **MICRO).state_dict()
+    state["extra.weight"] = state.pop("stem.conv1.bias")
+    state["stages.0.0.norm1.weight"] = torch.zeros(9)
+    model = VisionGRU(5, **MICRO)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        load_weights(model, state)
+    assert "missing: stem.conv1.bias" in str(error.value)
+    assert "unexpected: extra.weight" in str(error.value)
+    assert "mis-shaped: stages.0.0.norm1.weight (9,) instead of (8,)" in str(error.value)
+    assert same(model, before)
+    with pytest.raises(ValueError, match="mis-shaped: .*head.weight"):
+        load_weights(VisionGRU(5, 10, MICRO["depths"]), VisionGRU(7, **MICRO).state_dict())
+
+
+def test_files_that_hold_no_weights_are_named(tmp_path):
+    (tmp_path / "noise.pt").write_bytes(b"no checkpoint")
+    torch.save({"a": 1}, tmp_path / "dict.pt")
+    torch.save(Given(), tmp_path / "pickle.pt")
+    for name in ("noise.pt", "dict.pt", "pickle.pt"):
+        with pytest.raises(ValueError, match=name):
+            load_weights(VisionGRU(5, **MICRO), tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        load_weights(VisionGRU(5, **MICRO), tmp_path / "absent.pt")

@@ -1,0 +1,780 @@
+"""Train VisionGRU on a folder of images, or on a built-in set of drawn shapes.
+
+    python train.py                                                     the built-in set, minutes on a laptop
+    torchrun --nproc_per_node=8 train.py --data /imagenet               the paper's recipe on eight GPUs
+    python train.py --data DIR --weights best.pt --lr 1e-4 --epochs 30  fine-tuning on DIR/{train,val}/<class>/*.jpg
+    python train.py --eval --weights best.pt --data DIR                 accuracy of a checkpoint
+    python train.py --predict cat.jpg --weights best.pt                 top-5 classes of images
+
+One process or many give the same training: --batch-size is the number of images per optimizer step, over all
+processes. Every random number comes from (seed, epoch, step or image), so nothing depends on the number of workers,
+and a run that was stopped and resumed goes on as if it had not been.
+
+The file in order: the built-in set; data; processes; checkpoints; the model's settings; the training loop; evaluation;
+prediction; arguments. `segment.py` shares the helpers of the first four.
+"""
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import types
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import visiongru
+
+MODELS = {"nano": visiongru.visiongru_nano, "tiny": visiongru.visiongru_tiny, "base": visiongru.visiongru_base}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+
+
+class UserError(Exception):
+    """Something the user can put right. The scripts print its message without a traceback and exit with status 2."""
+
+    def __init__(self, message):
+        # A DataLoader hands over a worker's exception with the worker's traceback before the message.
+        super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
+
+
+def random_seed(*parts):
+    """A seed for torch from whole numbers and words; the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The built-in set: textured shapes on textured grounds
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Each shape as a test on points (u, v) of its own frame, about 1 in radius.
+SHAPES = {
+    "disc":      lambda u, v: u * u + v * v < 0.7,
+    "ring":      lambda u, v: (u * u + v * v - 0.6).abs() < 0.3,
+    "crescent":  lambda u, v: (u * u + v * v < 1) & ((u - 0.5)**2 + v * v > 0.6),
+    "half disc": lambda u, v: ((u + 0.4)**2 + v * v < 1) & (u > -0.4),
+    "triangle":  lambda u, v: (u > -0.5) & (u + 1.75 * v.abs() < 1),
+    "square":    lambda u, v: torch.maximum(u.abs(), v.abs()) < 0.7,
+    "bar":       lambda u, v: torch.maximum(u.abs(), 3 * v.abs()) < 0.95,
+    "cross":     lambda u, v: (torch.minimum(u.abs(), v.abs()) < 0.3) & (torch.maximum(u.abs(), v.abs()) < 0.95),
+    "star":      lambda u, v: torch.hypot(u, v) < 0.7 + 0.35 * torch.cos(5 * torch.atan2(v, u)),
+    "corner":    lambda u, v: (torch.minimum(u, v) < -0.2) & (torch.maximum(u.abs(), v.abs()) < 0.8),
+}
+
+
+def draw_scene(shapes, size, generator):
+    """Draw shapes on a ground, each with a texture, place, size, tilt and colours of its own, brighter than the ground.
+
+    Args:
+        shapes: indices into SHAPES, drawn in this order, the later over the earlier.
+        size: side of the square image in pixels.
+        generator: the torch.Generator that decides everything else.
+    Returns:
+        image (3, size, size) uint8, and mask (size, size) uint8: 0 for the ground, 1 + k for the shape with index k.
+    """
+    # Python's numbers in between: for so few pixels a tensor operation is mostly its overhead.
+    chance = iter(torch.rand(16 + 32 * len(shapes), generator=generator).tolist())
+
+    def uniform(low, high):
+        return low + (high - low) * next(chance)
+
+    def texture(colour):  # stripes of a lighter and a darker shade, bent by a wave across them
+        bend = torch.sin(x * uniform(-0.5, 0.5) + y * uniform(-0.5, 0.5)) * 2
+        stripes = torch.sin(bend + x * uniform(-1, 1) + y * uniform(-1, 1) + uniform(0, 6))
+        return torch.stack([stripes.mul(uniform(-0.12, 0.12)).add_(channel) for channel in colour])
+
+    pixels = torch.arange(size, dtype=torch.float32) * 64 / size
+    y, x = pixels[:, None], pixels[None, :]
+    ground = [uniform(0, 0.55) for _ in range(3)]
+    image = texture(ground)
+    mask = torch.zeros(size, size, dtype=torch.uint8)
+    for shape in shapes:
+        radius = uniform(13, 24) / max(1, len(shapes))**0.25
+        left, top = uniform(0.8 * radius, 64 - 0.8 * radius), uniform(0.8 * radius, 64 - 0.8 * radius)
+        cos, sin = math.cos(tilt := uniform(-0.5, 0.5)) / radius, math.sin(tilt) / radius
+        dx, dy = x - left, y - top
+        inside = SHAPES[list(SHAPES)[shape]](dx * cos + dy * sin, dy * cos - dx * sin)
+        image = torch.where(inside, texture([channel + uniform(0.25, 0.55) for channel in ground]), image)
+        mask[inside] = shape + 1
+    image += 0.17 * torch.rand(3, size, size, generator=generator) - 0.085
+    return image.clamp_(0, 1).mul_(255).to(torch.uint8), mask
+
+
+class Shapes(Dataset):
+    """The built-in classification set: one shape per image, its kind the class. Drawn when asked for, never stored.
+
+    Item i is (PIL image, class) and depends on (split, seed, i) alone.
+    """
+
+    classes = list(SHAPES)
+
+    def __init__(self, split, length, size=64, seed=0):
+        self.split, self.length, self.size, self.seed = split, length, size, seed
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        label = index % len(self.classes)
+        generator = torch.Generator().manual_seed(random_seed(self.seed, self.split, index))
+        image, _ = draw_scene([label], self.size, generator)
+        return v2.functional.to_pil_image(image), label
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_image(path):
+    """An image file as RGB, or a UserError that names it."""
+    try:
+        return default_loader(path)
+    except Exception as error:
+        raise UserError(f"cannot read the image {path}: {error}") from None
+
+
+def image_folder(root, split):
+    """DIR/split/<class>/... as (PIL image, class) items; classes in the sorted order of their folders."""
+    folder = Path(root, split)
+    if not Path(root).is_dir():
+        raise UserError(f"--data {root}: no such folder")
+    if not folder.is_dir():
+        raise UserError(f"--data {root}: there is no folder {split} in it; expected {folder}/<class>/<images>")
+    try:
+        data = ImageFolder(folder, loader=read_image, allow_empty=True)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no class folders; expected {folder}/<class>/<images>") from None
+    if not data.samples:
+        raise UserError(f"{folder} has {len(data.classes)} class folders and no images in them")
+    return data
+
+
+def open_data(args, splits=("train", "val")):
+    """The data sets of `splits` in that order, with the same `classes`."""
+    if args.data is None:
+        return [Shapes(split, {"train": 10_000, "val": 2_000}[split], 64, args.seed) for split in splits]
+    sets = [image_folder(args.data, split) for split in splits]
+    for other in sets[1:]:
+        if other.classes != sets[0].classes:
+            def only(a, b): return ", ".join(sorted(set(a) - set(b))) or "none"
+            raise UserError(f"{args.data}: train and val have different classes; only in train: "
+                            f"{only(sets[0].classes, other.classes)}; only in val: "
+                            f"{only(other.classes, sets[0].classes)}")
+    if "train" in splits:
+        empty = [name for name in sets[0].classes if sets[0].class_to_idx[name] not in set(sets[0].targets)]
+        if empty:
+            raise UserError(f"{args.data}/train: no images in the class folders {', '.join(empty)}")
+    return sets
+
+
+def eval_transform(img_size, val_resize, mean=MEAN, std=STD):
+    """Shorter side to `val_resize`, the central square of `img_size`, normalised: PIL image -> (3, S, S) float32."""
+    return v2.Compose([v2.Resize(val_resize), v2.CenterCrop(img_size), v2.ToImage(),
+                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def train_transform(args):
+    """The recipe's augmentation of single images; mixup and cutmix work on batches and come later."""
+    steps = []
+    if args.crop_scale < 1:
+        steps += [v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))]
+    else:
+        steps += [v2.Resize(args.val_resize), v2.CenterCrop(args.img_size)]
+    steps += [v2.RandomHorizontalFlip(args.flip)]
+    if args.randaug[0] > 0:
+        steps += [v2.RandAugment(args.randaug[0], args.randaug[1])]
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    if args.erasing > 0:
+        steps += [v2.RandomErasing(args.erasing, value="random")]
+    return v2.Compose(steps)
+
+
+def batch_transform(args, num_classes):
+    """Mixup and cutmix, one of the two at even odds for each batch: images, labels -> images, soft labels."""
+    choices = [make(alpha=alpha, num_classes=num_classes)
+               for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha > 0]
+    return v2.RandomChoice(choices) if choices else v2.Identity()
+
+
+class Seeded(Dataset):
+    """`data` with a transform whose every random choice depends on (seed, epoch, index) alone.
+
+    The transform gets all that an item holds, as torchvision's do: image and label, or image and mask.
+    """
+
+    def __init__(self, data, transform, seed=0, epoch=0):
+        self.data, self.transform, self.seed, self.epoch = data, transform, seed, epoch
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(random_seed(self.seed, self.epoch, index))
+            return self.transform(*self.data[index])
+
+
+def training_batches(length, batch_size, accum, processes, seed, epoch, first_step=0):
+    """One process's batches of an epoch, as lists of indices: `accum` micro-batches for each optimizer step.
+
+    The images of a step are the same for any number of processes and micro-batches. What is left at the end of an
+    epoch, less than a batch, is not used in it.
+    """
+    generator = torch.Generator().manual_seed(random_seed(seed, "order", epoch))
+    steps = length // batch_size
+    order = torch.randperm(length, generator=generator)[:steps * batch_size]
+    mine = order.view(steps, accum, -1, processes.count)[first_step:, :, :, processes.rank]
+    return mine.flatten(0, 1).tolist()
+
+
+def evaluation_batches(length, batch_size, processes):
+    """One process's share of a data set, as lists of indices: each item once, over all the processes."""
+    mine = list(range(processes.rank, length, processes.count))
+    return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+
+
+def make_loader(data, batches, workers, device):
+    return DataLoader(data, batch_sampler=batches, num_workers=min(workers, len(batches)),
+                      worker_init_fn=_start_worker, pin_memory=device.type == "cuda")
+
+
+def _start_worker(_):
+    # Ctrl-C, or a scheduler's SIGTERM, reaches the workers too: the main process needs them until it has saved, and
+    # then ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def start_processes(device):
+    """Join the other processes if torchrun started several. -> rank, count, local_rank, device."""
+    count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: GPU {index} was asked for and torch sees {torch.cuda.device_count()} "
+                            f"(one process per GPU; --device cpu works without)")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # tf32
+    elif device.type != "cpu":
+        raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
+    if count > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return types.SimpleNamespace(rank=rank, count=count, local_rank=local_rank, device=device)
+
+
+def all_sum(numbers, device):
+    """The sum over all processes of a list of numbers, as a list of floats."""
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def parallel_model(model, processes):
+    """`model` for the training loop: with several processes its gradients are averaged over them."""
+    if processes.count == 1:
+        return model
+    gpu = [processes.device.index] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
+
+
+def precision(amp, device):
+    """--amp -> the autocast type or None, and a GradScaler (that does nothing unless the type is fp16)."""
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return dtype, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def autocast(dtype, device):
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+class StopSignal:
+    """Ctrl-C, or the SIGTERM by which a scheduler announces the end: the loop saves and leaves. Twice: at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        if number == self.number:
+            sys.exit(128 + number)
+        self.number = number
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and the log
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(checkpoint, path):
+    """Write to a temporary file, flush it to the disk, rename: at any moment `path` is a whole checkpoint."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":  # the rename is on the disk when its folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def load_checkpoint(path):
+    """What a checkpoint file holds, a dict; a UserError where there is none."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot open the checkpoint {path}: {error.strerror}") from None
+    except Exception:
+        raise UserError(f"{path} is not a checkpoint, or a damaged one") from None
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} holds a {type(checkpoint).__name__}; expected a checkpoint or a state dict")
+    return checkpoint
+
+
+def fill_model(model, weights, name, say=print):
+    """visiongru.load_weights with its warning said by `say` and its error made a UserError."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            visiongru.load_weights(model, weights)
+        except ValueError as error:
+            raise UserError(str(error).replace("the state dict", str(name))) from None
+    for warning in caught:
+        say(str(warning.message).replace("the state dict", str(name)))
+
+
+def open_run(args, processes):
+    """The run's folder, made if need be, and the checkpoint to go on from or None. Never begins over an earlier run."""
+    out = Path(args.out)
+    last = out / "last.pt"
+    resume = last if args.resume == "auto" else args.resume and Path(args.resume)
+    if resume == last and not last.exists():
+        if args.resume != "auto":
+            raise UserError(f"--resume {args.resume}: no such file")
+        resume = None
+    if resume is None and last.exists():
+        raise UserError(f"{last} is there from an earlier run: --resume auto goes on with it, "
+                        f"another --out begins a new one")
+    checkpoint = load_checkpoint(resume) if resume else None
+    if checkpoint is not None and "optimizer" not in checkpoint:
+        raise UserError(f"--resume {resume}: this file has weights only and cannot be resumed; "
+                        f"resume a last.pt, or start from the weights with --weights")
+    if processes.rank == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot make this folder: {error.strerror}") from None
+    return out, checkpoint
+
+
+def append_log(path, entry, keep=None):
+    """Add one line to log.jsonl. `keep` says which of the lines of a resumed run still hold; the others go."""
+    lines = [line for line in path.read_text().splitlines() if keep is None or keep(json.loads(line))] \
+        if path.exists() else []
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(line + "\n" for line in [*lines, json.dumps(entry)]))
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+def warmup_cosine(step, steps, warmup):
+    """Learning rate at `step` of `steps` as a share of its peak: linear from 0 over `warmup` steps, then cosine to 0."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(args, processes):
+    device, main = processes.device, processes.rank == 0
+
+    def say(*words):
+        if main:
+            print(*words, flush=True)
+
+    # Data. The class folders and the checkpoint must agree before anything is built or written.
+    out, checkpoint = open_run(args, processes)
+    train_data, val_data = open_data(args)
+    classes = train_data.classes
+    steps_per_epoch = len(train_data) // args.batch_size
+    if args.batch_size % (processes.count * args.accum):
+        raise UserError(f"--batch-size {args.batch_size} does not divide by {processes.count} processes x --accum "
+                        f"{args.accum}; expected a multiple of {processes.count * args.accum}")
+    if steps_per_epoch == 0:
+        raise UserError(f"{len(train_data)} training images are fewer than one --batch-size of {args.batch_size}; "
+                        f"give a smaller one")
+    settings = {"model": args.model, "img_size": args.img_size, "val_resize": args.val_resize,
+                "mean": list(MEAN), "std": list(STD), "classes": classes}
+    if checkpoint:
+        check_classes(checkpoint, classes, args.resume)
+        for name in ("model", "batch_size", "epochs", "seed"):
+            if checkpoint["args"][name] != getattr(args, name):
+                raise UserError(f"--resume: the run has --{name.replace('_', '-')} {checkpoint['args'][name]}, not "
+                                f"{getattr(args, name)}; resume it with the arguments it was started with")
+
+    # Model, average, optimizer, schedule.
+    torch.manual_seed(args.seed)
+    model = MODELS[args.model](num_classes=len(classes), drop_path=args.drop_path)
+    if args.weights and not checkpoint:
+        fill_model(model, load_checkpoint(args.weights), args.weights, say)
+    model.to(device, memory_format=torch.channels_last)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True,
+                                  weight_decay=args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(
+        step, args.epochs * steps_per_epoch, args.warmup * steps_per_epoch))
+    dtype, scaler = precision(args.amp, device)
+    epoch, step, loss_sum, best = 0, 0, 0.0, -1.0  # `step` within the epoch
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        if ema:
+            ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+            ema.n_averaged.fill_(checkpoint["averaged"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scheduler.load_state_dict(checkpoint["scheduler"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        epoch, step, loss_sum, best = (checkpoint[name] for name in ("epoch", "step", "loss_sum", "best"))
+    network = parallel_model(torch.compile(model) if args.compile else model, processes)
+    mix = batch_transform(args, len(classes))
+    transform = train_transform(args)
+    val_loader = make_loader(
+        Seeded(val_data, lambda image, label, t=eval_transform(args.img_size, args.val_resize): (t(image), label)),
+        evaluation_batches(len(val_data), args.batch_size // processes.count, processes), args.workers, device)
+
+    def save(name, **more):
+        if main:
+            save_checkpoint({"model": model.state_dict(), "ema": ema.module.state_dict() if ema else None,
+                             "settings": settings, "args": vars(args), "epoch": epoch, "step": step, "best": best,
+                             "better": better, **more}, out / name)
+
+    def save_last():
+        save("last.pt", optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), scaler=scaler.state_dict(),
+             averaged=int(ema.n_averaged) if ema else 0, loss_sum=loss_sum)
+
+    say(f"VisionGRU-{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(classes)} classes; "
+        f"{len(train_data):,} training and {len(val_data):,} validation images at {args.img_size} px")
+    say(f"{args.epochs} epochs of {steps_per_epoch} steps of {args.batch_size} images on {processes.count} x {device}, "
+        f"{'float32' if dtype is None else dtype}; in {out}")
+    if checkpoint:
+        say(f"resumed at epoch {epoch + 1}, step {step}")
+    better = checkpoint["better"] if checkpoint else "model"
+    stop = StopSignal()
+
+    for epoch in range(epoch, args.epochs):
+        batches = training_batches(len(train_data), args.batch_size, args.accum, processes, args.seed, epoch, step)
+        loader = iter(make_loader(
+            Seeded(train_data, lambda image, label: (transform(image), label), args.seed, epoch),
+            batches, args.workers, device))
+        network.train()
+        began, first = time.perf_counter(), step
+        bar = tqdm(total=steps_per_epoch, initial=step, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step",
+                   leave=False, dynamic_ncols=True, disable=None if main else True)
+        while step < steps_per_epoch:
+            # All that is random in a step comes from its number, so that a resumed run has nothing to restore.
+            torch.manual_seed(random_seed(args.seed, "step", epoch, step, processes.rank))
+            loss_here = 0.0
+            for micro in range(args.accum):
+                images, labels = next(loader)
+                images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+                images, labels = mix(images, labels.to(device, non_blocking=True))
+                last_micro = micro == args.accum - 1
+                with contextlib.nullcontext() if last_micro or processes.count == 1 else network.no_sync():
+                    with autocast(dtype, device):
+                        loss = F.cross_entropy(network(images), labels, label_smoothing=args.smoothing) / args.accum
+                    scaler.scale(loss).backward()
+                loss_here += loss.item()
+            lr = scheduler.get_last_lr()[0]
+            loss_here, stopping = all_sum([loss_here / processes.count, stop.number], device)
+            if not math.isfinite(loss_here):
+                bar.close()
+                raise UserError(f"the loss is {loss_here} at epoch {epoch + 1}, step {step + 1} of {steps_per_epoch}, "
+                                f"learning rate {lr:.3g}; no checkpoint was written since. A lower --lr, a longer "
+                                f"--warmup or another --amp may help; --resume auto goes on from {out / 'last.pt'}")
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
+            if ema:
+                ema.update_parameters(model)
+            step += 1
+            loss_sum += loss_here
+            rate = (step - first) * args.batch_size / (time.perf_counter() - began)
+            bar.update()
+            bar.set_postfix_str(f"loss {loss_here:.3f}, lr {lr:.2e}, {rate:,.0f} images/s", refresh=False)
+            if stopping:
+                bar.close()
+                save_last()
+                say(f"stopped by signal {stop.number} after epoch {epoch + 1}, step {step}, and saved: the same "
+                    f"command with --resume auto goes on")
+                return 128 + (stop.number or signal.SIGTERM)
+            if args.save_every and step % args.save_every == 0 and step < steps_per_epoch:
+                save_last()
+        bar.close()
+
+        scores = {"model": evaluate(model, val_loader, device, dtype)}
+        if ema:
+            scores["ema"] = evaluate(ema.module, val_loader, device, dtype)
+        better = max(scores, key=lambda name: scores[name]["top1"])
+        entry = {"epoch": epoch + 1, "loss": loss_sum / steps_per_epoch, "lr": lr, **scores["model"],
+                 **{f"ema_{name}": value for name, value in scores.get("ema", {}).items()},
+                 "images_per_s": rate, "seconds": time.perf_counter() - began}
+        say(f"epoch {epoch + 1:3d}/{args.epochs}  loss {entry['loss']:.4f}  lr {lr:.2e}  " + "  ".join(
+            f"{name}: top-1 {s['top1']:.2f} top-5 {s['top5']:.2f}" for name, s in scores.items())
+            + f"  {rate:,.0f} images/s  {entry['seconds']:.0f} s")
+        if main:
+            append_log(out / "log.jsonl", entry, keep=lambda old: old["epoch"] <= epoch)
+        is_best, best = scores[better]["top1"] > best, max(best, scores[better]["top1"])
+        epoch, step, loss_sum = epoch + 1, 0, 0.0  # where a resumed run begins
+        if is_best:
+            save("best.pt")
+        save_last()
+
+    say(f"done: {out / 'best.pt'} has top-1 {best:.2f} %. To evaluate it:\n  python train.py --eval --weights "
+        f"{out / 'best.pt'}" + (f" --data {args.data}" if args.data else ""))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation and prediction
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def evaluate(model, loader, device, dtype=None):
+    """Exact over all processes: loss, and the shares of images, in percent, whose class is the first, or one of the
+    first five, of the model's. With fewer than five classes top-5 is 100."""
+    model.eval()
+    loss = top1 = top5 = count = 0
+    for images, labels in loader:
+        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with autocast(dtype, device):
+            logits = model(images)
+        logits = logits.float()
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        top1, top5, count = top1 + hits[:, 0].sum().item(), top5 + hits.sum().item(), count + len(labels)
+    loss, top1, top5, count = all_sum([loss, top1, top5, count], device)
+    return {"val_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+def check_classes(checkpoint, classes, name):
+    """The checkpoint's classes must be the data's."""
+    known = checkpoint.get("settings", {}).get("classes", classes)
+    if len(known) != len(classes):
+        raise UserError(f"{name} was trained on {len(known)} classes and the data has {len(classes)}; "
+                        f"to fine-tune on other classes, train with --weights {name}")
+    if known != classes:
+        ours, theirs = next(pair for pair in zip(known, classes) if pair[0] != pair[1])
+        raise UserError(f"{name} was trained on other classes than the data's: {ours!r} where the data has {theirs!r}")
+
+
+def model_from_checkpoint(args):
+    """The model that a checkpoint holds, its preprocessing and its class names (None in a bare state dict)."""
+    if not args.weights:
+        raise UserError("--eval and --predict need a checkpoint: --weights FILE")
+    checkpoint = load_checkpoint(args.weights)
+    settings = {"model": args.model, "img_size": args.img_size, "val_resize": args.val_resize, "mean": MEAN, "std": STD,
+                "classes": None, **checkpoint.get("settings", {})}
+    num_classes = len(settings["classes"] or [])
+    if not num_classes:  # somebody else's weights: the classifier tells
+        heads = [value for key, value in checkpoint.items() if key.endswith(("fc.weight", "head.weight"))]
+        if len(heads) != 1:
+            raise UserError(f"{args.weights} has no classifier")
+        num_classes = len(heads[0])
+    model = MODELS[settings["model"]](num_classes=num_classes)
+    fill_model(model, checkpoint, args.weights)
+    return model, eval_transform(settings["img_size"], settings["val_resize"], settings["mean"], settings["std"]), \
+        settings["classes"], checkpoint
+
+
+def evaluate_checkpoint(args, processes):
+    model, transform, classes, checkpoint = model_from_checkpoint(args)
+    data, = open_data(args, ["val"])
+    check_classes(checkpoint, data.classes, args.weights)
+    if model.num_classes != len(data.classes):
+        raise UserError(f"{args.weights} has {model.num_classes} classes and the data has {len(data.classes)}")
+    loader = make_loader(Seeded(data, lambda image, label: (transform(image), label)),
+                         evaluation_batches(len(data), max(1, args.batch_size // processes.count), processes),
+                         args.workers, processes.device)
+    model.to(processes.device, memory_format=torch.channels_last)
+    scores = evaluate(model, tqdm(loader, unit="batch", leave=False, disable=None if processes.rank == 0 else True),
+                      processes.device, precision(args.amp, processes.device)[0])
+    if processes.rank == 0:
+        print(f"{args.weights}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, loss "
+              f"{scores['val_loss']:.4f} on {len(data):,} images")
+    return 0
+
+
+@torch.inference_mode()
+def predict(args, processes):
+    model, transform, classes, _ = model_from_checkpoint(args)
+    model.to(processes.device, memory_format=torch.channels_last).eval()
+    dtype, _ = precision(args.amp, processes.device)
+    for path in args.predict:
+        image = transform(read_image(path))[None].to(processes.device)
+        with autocast(dtype, processes.device):
+            probabilities = model(image).float().softmax(dim=1)[0]
+        print(path)
+        for p, k in zip(*(t.tolist() for t in probabilities.topk(min(5, len(probabilities))))):
+            print(f"  {100 * p:6.2f} %  {classes[k] if classes else f'class {k}'}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+# DeiT's recipe, as the paper uses it, and what suits the built-in set: few epochs, and no augmentation that cuts off
+# the shapes.
+RECIPE = dict(model="tiny", img_size=224, epochs=300, batch_size=1024, crop_scale=0.08, randaug=[2, 9], erasing=0.25,
+              mixup=0.8, cutmix=1.0, smoothing=0.1, weight_decay=0.05, ema=0.9999)
+BUILT_IN = dict(model="nano", img_size=64, epochs=6, batch_size=50, lr=2e-3, warmup=1, crop_scale=1.0, randaug=[0, 0],
+                erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, weight_decay=0.05, ema=0.99)
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def default(name):
+        return f"({RECIPE[name]}; built-in set: {BUILT_IN[name]})".replace("[", "").replace("]", "").replace(",", "")
+
+    group = parser.add_argument_group("what to do (default: train)")
+    group.add_argument("--eval", action="store_true", help="validate the checkpoint --weights")
+    group.add_argument("--predict", nargs="+", metavar="IMAGE", help="print the top-5 classes of image files")
+    group = parser.add_argument_group("data and model")
+    group.add_argument("--data", metavar="DIR", help="DIR/{train,val}/<class>/<images>; without it: the built-in set")
+    group.add_argument("--model", choices=MODELS, help=default("model"))
+    group.add_argument("--img-size", type=int, metavar="PX", help=default("img_size"))
+    group.add_argument("--val-resize", type=int, metavar="PX",
+                       help="shorter side before the central crop, for validation (img-size x 256/224; built-in set: "
+                            "img-size)")
+    group.add_argument("--weights", metavar="FILE", help="start from these weights: ours or the authors'")
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--epochs", type=int, help=default("epochs"))
+    group.add_argument("--batch-size", type=int, metavar="N",
+                       help="images per optimizer step over all processes " + default("batch_size"))
+    group.add_argument("--accum", type=int, default=1, metavar="N", help="micro-batches per optimizer step (1)")
+    group.add_argument("--lr", type=float, help="peak learning rate (1e-3 x batch-size / 1024; built-in set: "
+                                                f"{BUILT_IN['lr']})")
+    group.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW (0.9 0.999)")
+    group.add_argument("--weight-decay", type=float, help="on every parameter " + default("weight_decay"))
+    group.add_argument("--warmup", type=float, metavar="EPOCHS", help="(epochs / 15; built-in set: "
+                                                                      f"{BUILT_IN['warmup']})")
+    group.add_argument("--drop-path", type=float, default=0.0, metavar="P", help="stochastic depth (0)")
+    group.add_argument("--crop-scale", type=float, metavar="S",
+                       help="least share of an image that a random crop takes; 1: no random crop "
+                            + default("crop_scale"))
+    group.add_argument("--flip", type=float, default=0.5, metavar="P", help="horizontal flips (0.5)")
+    group.add_argument("--randaug", type=int, nargs=2, metavar=("OPS", "MAGNITUDE"), help=default("randaug"))
+    group.add_argument("--erasing", type=float, metavar="P", help="random erasing " + default("erasing"))
+    group.add_argument("--mixup", type=float, metavar="ALPHA", help=default("mixup"))
+    group.add_argument("--cutmix", type=float, metavar="ALPHA", help=default("cutmix"))
+    group.add_argument("--smoothing", type=float, help="of the labels " + default("smoothing"))
+    group.add_argument("--ema", type=float, metavar="DECAY", help="moving average of the weights; 0: none "
+                                                                  + default("ema"))
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+                       help="auto: bf16 on a GPU that has it, else off")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
+                       help="processes that load images, for each training process")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", metavar="DIR", help="for log.jsonl, last.pt and best.pt (runs/DATA-MODEL)")
+    group.add_argument("--resume", metavar="auto|FILE", help="auto: go on from OUT/last.pt if it is there")
+    group.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="save last.pt within an epoch too")
+    return parser
+
+
+def parse_arguments(argv=None):
+    parser = build_parser()
+    given = parser.parse_args(argv)
+    parser.set_defaults(**(BUILT_IN if given.data is None else RECIPE))
+    args = parser.parse_args(argv)
+    if args.val_resize is None:
+        args.val_resize = args.img_size if args.data is None else round(args.img_size * 256 / 224)
+    if args.lr is None:
+        args.lr = 1e-3 * args.batch_size / 1024
+    if args.warmup is None:
+        args.warmup = args.epochs / 15
+    if args.out is None:
+        args.out = f"runs/{Path(args.data).resolve().name if args.data else 'shapes'}-{args.model}"
+
+    def check(name, good, expected):
+        value = getattr(args, name)
+        if not good(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+    for name in ("epochs", "batch_size", "accum"):
+        check(name, lambda value: value >= 1, "a whole number of at least 1")
+    for name in ("workers", "save_every", "lr", "weight_decay", "warmup", "mixup", "cutmix"):
+        check(name, lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
+    for name in ("flip", "erasing"):
+        check(name, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+    for name in ("drop_path", "ema", "smoothing"):
+        check(name, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+    check("crop_scale", lambda value: 0 < value <= 1, "a share above 0, at most 1")
+    check("img_size", lambda value: value >= 32, "at least 32 pixels")
+    check("val_resize", lambda value: value >= args.img_size, f"at least --img-size, {args.img_size}")
+    check("randaug", lambda value: value[0] >= 0 and 0 <= value[1] <= 30, "OPS of at least 0, MAGNITUDE from 0 to 30")
+    return args
+
+
+def run(act):
+    """Run a script's `act()` and exit with its status; a UserError is printed without a traceback, status 2."""
+    try:
+        status = act()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        status = 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(status)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    processes = start_processes(args.device)
+    return (predict if args.predict else evaluate_checkpoint if args.eval else train)(args, processes)
+
+
+if __name__ == "__main__":
+    run(main)
