@@ -125,7 +125,7 @@ class Shapes(Dataset):
 
     classes = list(SHAPES)
 
-    def __init__(self, split, length, size=64, seed=0):
+    def __init__(self, split, length, size=48, seed=0):
         self.split, self.length, self.size, self.seed = split, length, size, seed
 
     def __len__(self):
@@ -169,7 +169,7 @@ def image_folder(root, split):
 def open_data(args, splits=("train", "val")):
     """The data sets of `splits` in that order, with the same `classes`."""
     if args.data is None:
-        return [Shapes(split, {"train": 10_000, "val": 2_000}[split], 64, args.seed) for split in splits]
+        return [Shapes(split, {"train": 12_000, "val": 1_000}[split]) for split in splits]
     sets = [image_folder(args.data, split) for split in splits]
     for other in sets[1:]:
         if other.classes != sets[0].classes:
@@ -216,7 +216,7 @@ def batch_transform(args, num_classes):
 class Seeded(Dataset):
     """`data` with a transform whose every random choice depends on (seed, epoch, index) alone.
 
-    The transform gets all that an item holds, as torchvision's do: image and label, or image and mask.
+    The transform gets all that an item holds, as torchvision's v2 transforms do, which leave a label as it is.
     """
 
     def __init__(self, data, transform, seed=0, epoch=0):
@@ -256,10 +256,10 @@ def make_loader(data, batches, workers, device):
 
 
 def _start_worker(_):
-    # Ctrl-C, or a scheduler's SIGTERM, reaches the workers too: the main process needs them until it has saved, and
-    # then ends them.
+    # Ctrl-C, or a scheduler's SIGTERM, reaches the workers too. The main process needs them until it has saved, and
+    # then ends them; should it not, they end themselves a minute later.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,9 +294,10 @@ def start_processes(device):
 
 def all_sum(numbers, device):
     """The sum over all processes of a list of numbers, as a list of floats."""
+    if not dist.is_initialized():
+        return [float(number) for number in numbers]
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
@@ -390,6 +391,8 @@ def open_run(args, processes):
     if resume is None and last.exists():
         raise UserError(f"{last} is there from an earlier run: --resume auto goes on with it, "
                         f"another --out begins a new one")
+    if all_sum([resume is not None], processes.device)[0] not in (0, processes.count):
+        raise UserError(f"some processes see {last} and some do not: --out must be a folder that all nodes share")
     checkpoint = load_checkpoint(resume) if resume else None
     if checkpoint is not None and "optimizer" not in checkpoint:
         raise UserError(f"--resume {resume}: this file has weights only and cannot be resumed; "
@@ -400,6 +403,19 @@ def open_run(args, processes):
         except OSError as error:
             raise UserError(f"--out {out}: cannot make this folder: {error.strerror}") from None
     return out, checkpoint
+
+
+def check_arguments(checkpoint, args, say=print):
+    """A run goes on with the model, the order of images and the optimizer it has; of other changes the user is told."""
+    machine = {"data", "out", "resume", "weights", "device", "workers", "save_every", "compile", "accum"}
+    for name, before in checkpoint["args"].items():
+        now = getattr(args, name, before)
+        if now == before or name in machine:
+            continue
+        change = f"--{name.replace('_', '-')} was {before} and is now {now}"
+        if name in ("model", "batch_size", "seed", "lr", "betas", "weight_decay"):
+            raise UserError(f"--resume: {change}; go on with the value it was started with")
+        say(f"note: {change}")
 
 
 def append_log(path, entry, keep=None):
@@ -429,8 +445,7 @@ def train(args, processes):
         if main:
             print(*words, flush=True)
 
-    # Data. The class folders and the checkpoint must agree before anything is built or written.
-    out, checkpoint = open_run(args, processes)
+    # Data and the run's folder. All that can be wrong with them is found before anything is built or written.
     train_data, val_data = open_data(args)
     classes = train_data.classes
     steps_per_epoch = len(train_data) // args.batch_size
@@ -440,14 +455,12 @@ def train(args, processes):
     if steps_per_epoch == 0:
         raise UserError(f"{len(train_data)} training images are fewer than one --batch-size of {args.batch_size}; "
                         f"give a smaller one")
+    out, checkpoint = open_run(args, processes)
     settings = {"model": args.model, "img_size": args.img_size, "val_resize": args.val_resize,
                 "mean": list(MEAN), "std": list(STD), "classes": classes}
     if checkpoint:
         check_classes(checkpoint, classes, args.resume)
-        for name in ("model", "batch_size", "epochs", "seed"):
-            if checkpoint["args"][name] != getattr(args, name):
-                raise UserError(f"--resume: the run has --{name.replace('_', '-')} {checkpoint['args'][name]}, not "
-                                f"{getattr(args, name)}; resume it with the arguments it was started with")
+        check_arguments(checkpoint, args, say)
 
     # Model, average, optimizer, schedule.
     torch.manual_seed(args.seed)
@@ -475,8 +488,9 @@ def train(args, processes):
     mix = batch_transform(args, len(classes))
     transform = train_transform(args)
     val_loader = make_loader(
-        Seeded(val_data, lambda image, label, t=eval_transform(args.img_size, args.val_resize): (t(image), label)),
-        evaluation_batches(len(val_data), args.batch_size // processes.count, processes), args.workers, device)
+        Seeded(val_data, eval_transform(args.img_size, args.val_resize)),
+        evaluation_batches(len(val_data), args.batch_size // (processes.count * args.accum), processes),
+        args.workers, device)
 
     def save(name, **more):
         if main:
@@ -499,27 +513,27 @@ def train(args, processes):
 
     for epoch in range(epoch, args.epochs):
         batches = training_batches(len(train_data), args.batch_size, args.accum, processes, args.seed, epoch, step)
-        loader = iter(make_loader(
-            Seeded(train_data, lambda image, label: (transform(image), label), args.seed, epoch),
-            batches, args.workers, device))
+        loader = make_loader(Seeded(train_data, transform, args.seed, epoch), batches, args.workers, device)
         network.train()
-        began, first = time.perf_counter(), step
+        began, first, rate, lr = time.perf_counter(), step, 0.0, scheduler.get_last_lr()[0]
         bar = tqdm(total=steps_per_epoch, initial=step, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step",
                    leave=False, dynamic_ncols=True, disable=None if main else True)
-        while step < steps_per_epoch:
-            # All that is random in a step comes from its number, so that a resumed run has nothing to restore.
-            torch.manual_seed(random_seed(args.seed, "step", epoch, step, processes.rank))
-            loss_here = 0.0
-            for micro in range(args.accum):
-                images, labels = next(loader)
-                images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-                images, labels = mix(images, labels.to(device, non_blocking=True))
-                last_micro = micro == args.accum - 1
-                with contextlib.nullcontext() if last_micro or processes.count == 1 else network.no_sync():
-                    with autocast(dtype, device):
-                        loss = F.cross_entropy(network(images), labels, label_smoothing=args.smoothing) / args.accum
-                    scaler.scale(loss).backward()
-                loss_here += loss.item()
+        for number, (images, labels) in enumerate(loader, start=step * args.accum):
+            micro = number % args.accum
+            if micro == 0:
+                # All that is random in a step comes from its number, so that a resumed run has nothing to restore.
+                torch.manual_seed(random_seed(args.seed, "step", epoch, step, processes.rank))
+                loss_here = 0.0
+            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+            images, labels = mix(images, labels.to(device, non_blocking=True))
+            complete = micro == args.accum - 1  # gradients are exchanged once for all micro-batches
+            with contextlib.nullcontext() if complete or processes.count == 1 else network.no_sync():
+                with autocast(dtype, device):
+                    loss = F.cross_entropy(network(images), labels, label_smoothing=args.smoothing) / args.accum
+                scaler.scale(loss).backward()
+            loss_here += loss.item()
+            if not complete:
+                continue
             lr = scheduler.get_last_lr()[0]
             loss_here, stopping = all_sum([loss_here / processes.count, stop.number], device)
             if not math.isfinite(loss_here):
@@ -606,12 +620,12 @@ def check_classes(checkpoint, classes, name):
 
 
 def model_from_checkpoint(args):
-    """The model that a checkpoint holds, its preprocessing and its class names (None in a bare state dict)."""
+    """The checkpoint --weights: its model, preprocessing, class names (None in a bare state dict) and contents."""
     if not args.weights:
         raise UserError("--eval and --predict need a checkpoint: --weights FILE")
     checkpoint = load_checkpoint(args.weights)
-    settings = {"model": args.model, "img_size": args.img_size, "val_resize": args.val_resize, "mean": MEAN, "std": STD,
-                "classes": None, **checkpoint.get("settings", {})}
+    settings = {"model": args.model, "img_size": 224, "val_resize": 256, "mean": MEAN, "std": STD, "classes": None,
+                **checkpoint.get("settings", {})}
     num_classes = len(settings["classes"] or [])
     if not num_classes:  # somebody else's weights: the classifier tells
         heads = [value for key, value in checkpoint.items() if key.endswith(("fc.weight", "head.weight"))]
@@ -620,8 +634,10 @@ def model_from_checkpoint(args):
         num_classes = len(heads[0])
     model = MODELS[settings["model"]](num_classes=num_classes)
     fill_model(model, checkpoint, args.weights)
-    return model, eval_transform(settings["img_size"], settings["val_resize"], settings["mean"], settings["std"]), \
-        settings["classes"], checkpoint
+    img_size = args.img_size or settings["img_size"]  # one asked for, or the one it was trained at
+    val_resize = args.val_resize or round(img_size * settings["val_resize"] / settings["img_size"])
+    transform = eval_transform(img_size, val_resize, settings["mean"], settings["std"])
+    return model, transform, settings["classes"], checkpoint
 
 
 def evaluate_checkpoint(args, processes):
@@ -630,8 +646,8 @@ def evaluate_checkpoint(args, processes):
     check_classes(checkpoint, data.classes, args.weights)
     if model.num_classes != len(data.classes):
         raise UserError(f"{args.weights} has {model.num_classes} classes and the data has {len(data.classes)}")
-    loader = make_loader(Seeded(data, lambda image, label: (transform(image), label)),
-                         evaluation_batches(len(data), max(1, args.batch_size // processes.count), processes),
+    batch_size = max(1, args.batch_size // (processes.count * args.accum))
+    loader = make_loader(Seeded(data, transform), evaluation_batches(len(data), batch_size, processes),
                          args.workers, processes.device)
     model.to(processes.device, memory_format=torch.channels_last)
     scores = evaluate(model, tqdm(loader, unit="batch", leave=False, disable=None if processes.rank == 0 else True),
@@ -665,7 +681,7 @@ def predict(args, processes):
 # the shapes.
 RECIPE = dict(model="tiny", img_size=224, epochs=300, batch_size=1024, crop_scale=0.08, randaug=[2, 9], erasing=0.25,
               mixup=0.8, cutmix=1.0, smoothing=0.1, weight_decay=0.05, ema=0.9999)
-BUILT_IN = dict(model="nano", img_size=64, epochs=6, batch_size=50, lr=2e-3, warmup=1, crop_scale=1.0, randaug=[0, 0],
+BUILT_IN = dict(model="nano", img_size=48, epochs=4, batch_size=32, lr=1e-3, warmup=1, crop_scale=1.0, randaug=[0, 0],
                 erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, weight_decay=0.05, ema=0.99)
 
 
@@ -715,8 +731,9 @@ def build_parser():
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
                        help="auto: bf16 on a GPU that has it, else off")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-                       help="processes that load images, for each training process")
+    group.add_argument("--workers", type=int, default=None, metavar="N",
+                       help="processes that load images, for each training process (one per core, at most 8; built-in "
+                            "set: 0)")
     group = parser.add_argument_group("run")
     group.add_argument("--out", metavar="DIR", help="for log.jsonl, last.pt and best.pt (runs/DATA-MODEL)")
     group.add_argument("--resume", metavar="auto|FILE", help="auto: go on from OUT/last.pt if it is there")
@@ -729,12 +746,16 @@ def parse_arguments(argv=None):
     given = parser.parse_args(argv)
     parser.set_defaults(**(BUILT_IN if given.data is None else RECIPE))
     args = parser.parse_args(argv)
-    if args.val_resize is None:
+    if args.eval or args.predict:  # what is not given comes from the checkpoint
+        args.model, args.img_size, args.val_resize = given.model or "tiny", given.img_size, given.val_resize
+    elif args.val_resize is None:
         args.val_resize = args.img_size if args.data is None else round(args.img_size * 256 / 224)
     if args.lr is None:
         args.lr = 1e-3 * args.batch_size / 1024
     if args.warmup is None:
         args.warmup = args.epochs / 15
+    if args.workers is None:
+        args.workers = 0 if args.data is None else min(8, os.cpu_count() or 1)
     if args.out is None:
         args.out = f"runs/{Path(args.data).resolve().name if args.data else 'shapes'}-{args.model}"
 
@@ -751,8 +772,8 @@ def parse_arguments(argv=None):
     for name in ("drop_path", "ema", "smoothing"):
         check(name, lambda value: 0 <= value < 1, "a number from 0 to below 1")
     check("crop_scale", lambda value: 0 < value <= 1, "a share above 0, at most 1")
-    check("img_size", lambda value: value >= 32, "at least 32 pixels")
-    check("val_resize", lambda value: value >= args.img_size, f"at least --img-size, {args.img_size}")
+    check("img_size", lambda value: value is None or value >= 32, "at least 32 pixels")
+    check("val_resize", lambda value: value is None or value >= (args.img_size or 32), "at least --img-size")
     check("randaug", lambda value: value[0] >= 0 and 0 <= value[1] <= 30, "OPS of at least 0, MAGNITUDE from 0 to 30")
     return args
 

@@ -36,7 +36,7 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 
@@ -112,7 +112,9 @@ class _ParallelScan(torch.autograd.Function):
         return G * previous, G, None if h0 is None else a[:, first] * G[:, first], None
 
 
-def _scan_rows(a, b, h0, reverse):
+# An operator of its own, so that torch.compile and torch.export see one node instead of thousands of small steps.
+@torch.library.custom_op("visiongru::scan_rows", mutates_args=())
+def _scan_rows(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
     """Cut the sequence into about sqrt(T) rows of W = sqrt(T) elements, as an image is rows of pixels, and
 
         1. scan all rows at once from a zero state, W steps, keeping only each row's end and the product of its a's;
@@ -150,6 +152,11 @@ def _scan_rows(a, b, h0, reverse):
         a_t, b_t, h_t = a[:, step[t]], b[:, step[t]], h[:, step[t]]
         state = torch.addcmul(b_t, a_t, reached_first(state, b_t.shape[1]), out=h_t)
     return h
+
+
+@_scan_rows.register_fake
+def _(a, b, h0, reverse):
+    return torch.empty_like(b, memory_format=torch.contiguous_format)
 
 
 SCANS = {"parallel": scan_parallel, "log": scan_log, "sequential": scan_sequential}
