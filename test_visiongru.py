@@ -282,8 +282,8 @@ def golden_input(batch, height, width):
     return (torch.sin(0.013 * i) + torch.cos(0.00071 * i)).float().double().view(batch, 3, height, width)
 
 
-# What the authors' code computes in float64 for `release_state` and `golden_input`: mean, standard deviation, and the values
-# at eight places spread evenly over the flat result.
+# What the authors' code computes in float64 for `release_state` and `golden_input`: mean, standard deviation, and the
+# values at eight places spread evenly over the flat result.
 GOLDEN_LOGITS = {
     (8, (1, 1, 2, 1), 10, 64): (-0.5298888471021985, 3.0196351280583666,
         [-0.67586685, -4.52903495, 4.07260504, -1.78723826, -0.22247772, -2.39091867, 3.86477214, -3.56821593]),
@@ -530,8 +530,8 @@ def test_a_built_in_image_depends_on_its_index_alone_and_its_mask_shows_the_shap
     data = train.Shapes("train", 20)
     image, label = data[7]
     assert label == 7 and image.size == (48, 48)
-    assert list(image.getdata()) == list(train.Shapes("train", 500)[7][0].getdata())
-    assert list(image.getdata()) != list(train.Shapes("val", 20)[7][0].getdata())
+    assert image.tobytes() == train.Shapes("train", 500)[7][0].tobytes()
+    assert image.tobytes() != train.Shapes("val", 20)[7][0].tobytes()
     for shape in range(len(train.SHAPES)):
         image, mask = train.draw_scene([shape], 64, torch.Generator().manual_seed(shape))
         assert image.shape == (3, 64, 64) and image.dtype == mask.dtype == torch.uint8

@@ -432,13 +432,14 @@ def append_log(path, entry, keep=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def warmup_cosine(step, steps, warmup):
-    """Learning rate at `step` of `steps` as a share of its peak: linear from 0 over `warmup` steps, then cosine to 0."""
+    """The learning rate at `step` of `steps`, its peak being 1: linear from 0 over `warmup` steps, then cosine to 0."""
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def train(args, processes):
+    """Train as `args` say. -> the exit status: 0, or 128 + the signal's number when one ended the run early."""
     device, main = processes.device, processes.rank == 0
 
     def say(*words):
@@ -555,8 +556,8 @@ def train(args, processes):
             if stopping:
                 bar.close()
                 save_last()
-                say(f"stopped by signal {stop.number} after epoch {epoch + 1}, step {step}, and saved: the same "
-                    f"command with --resume auto goes on")
+                say(f"stopped by a signal in epoch {epoch + 1}, after step {step}, and saved: the same command with "
+                    f"--resume auto goes on")
                 return 128 + (stop.number or signal.SIGTERM)
             if args.save_every and step % args.save_every == 0 and step < steps_per_epoch:
                 save_last()
