@@ -687,6 +687,28 @@ def test_predict_needs_the_checkpoint_alone(finished, pictures, capsys):
     assert sum(float(line.split("%")[0]) for line in lines[1:4]) == pytest.approx(100, abs=0.02)
 
 
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state},
+                                  lambda state: {"state_dict": {"module." + key: state[key] for key in state}}])
+def test_predict_takes_bare_weights_too(wrap, pictures, tmp_path, capsys):
+    torch.save(wrap(visiongru_nano(num_classes=7).state_dict()), tmp_path / "weights.pth")
+    assert train.main(["--predict", str(pictures / "val" / "ant" / "0.png"), "--model", "nano", "--img-size", "64",
+                       "--weights", str(tmp_path / "weights.pth"), "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and all("%  class " in line for line in lines[1:])
+
+
+def test_a_run_goes_on_in_another_folder_and_precision(finished, pictures, tmp_path, capsys):
+    last = torch.load(finished / "last.pt", weights_only=True)
+    last.update(epoch=1, step=6)  # after the last step, before the last validation
+    (tmp_path / "from").mkdir()
+    torch.save(last, tmp_path / "from" / "last.pt")
+    words = arguments(pictures, tmp_path / "to", "--drop-path", 0.2, "--resume", tmp_path / "from" / "last.pt")
+    assert train.main([*words, "--amp", "fp16"]) == 0
+    assert "note: --amp was auto and is now fp16" in capsys.readouterr().out
+    assert [entry["epoch"] for entry in history(tmp_path / "to")] == [2]
+    assert (tmp_path / "to" / "best.pt").exists()
+
+
 def test_training_learns(pictures, tmp_path):
     gently = *PLAIN, "--randaug", 0, 0, "--erasing", 0, "--epochs", 4
     assert train.main(arguments(pictures, tmp_path / "run", *gently)) == 0
@@ -814,6 +836,13 @@ def test_an_unreadable_image_stops_the_run_with_its_path(workers, tmp_path):
     assert "Traceback" not in str(error.value)
 
 
+def test_weights_that_are_not_finite_are_not_saved(pictures, tmp_path):
+    with pytest.raises(train.UserError, match="the weights are no longer finite after epoch 1, step 2"):
+        train.main(arguments(pictures, tmp_path / "run", "--lr", 1e39, "--save-every", 1))
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["step"] == 1 and all(value.isfinite().all() for value in saved["model"].values())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(finished, pictures, tmp_path):
     last = torch.load(finished / "last.pt", weights_only=True)
     last.update(epoch=0, step=3)
@@ -842,10 +871,14 @@ def test_arguments_that_make_no_sense_are_refused(more, message, pictures, tmp_p
         train.main(arguments(pictures, tmp_path / "run", *more))
 
 
-def test_nothing_is_begun_over_an_earlier_run(finished, pictures):
+def test_nothing_is_begun_over_an_earlier_run(finished, pictures, tmp_path):
     before = (finished / "last.pt").read_bytes()
     with pytest.raises(train.UserError, match="--resume auto goes on with it, another --out begins a new one"):
         train.main(arguments(pictures, finished))
+    assert (finished / "last.pt").read_bytes() == before
+    (tmp_path / "last.pt").write_bytes(before)
+    with pytest.raises(train.UserError, match="--resume auto goes on with it"):
+        train.main(arguments(pictures, finished, "--drop-path", 0.2, "--resume", tmp_path / "last.pt"))
     assert (finished / "last.pt").read_bytes() == before
 
 

@@ -6,12 +6,12 @@
     python train.py --eval --weights best.pt --data DIR                 accuracy of a checkpoint
     python train.py --predict cat.jpg --weights best.pt                 top-5 classes of images
 
-One process or many give the same training: --batch-size is the number of images per optimizer step, over all
-processes. Every random number comes from (seed, epoch, step or image), so nothing depends on the number of workers,
-and a run that was stopped and resumed goes on as if it had not been.
+--batch-size is the number of images per optimizer step over all processes, so that the recipe is the same for any
+number of them. Every random number comes from the seed, the epoch and the step or image: nothing depends on the number
+of workers, and a run that was stopped and resumed goes on as if it had not been.
 
-The file in order: the built-in set; data; processes; checkpoints; the model's settings; the training loop; evaluation;
-prediction; arguments. `segment.py` shares the helpers of the first four.
+The file in order: the built-in set; data; processes; checkpoints; the training loop; evaluation and prediction;
+arguments.
 """
 
 import argparse
@@ -178,7 +178,8 @@ def open_data(args, splits=("train", "val")):
                             f"{only(sets[0].classes, other.classes)}; only in val: "
                             f"{only(other.classes, sets[0].classes)}")
     if "train" in splits:
-        empty = [name for name in sets[0].classes if sets[0].class_to_idx[name] not in set(sets[0].targets)]
+        filled = set(sets[0].targets)
+        empty = [name for k, name in enumerate(sets[0].classes) if k not in filled]
         if empty:
             raise UserError(f"{args.data}/train: no images in the class folders {', '.join(empty)}")
     return sets
@@ -277,6 +278,8 @@ def start_processes(device):
     except RuntimeError:
         raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda":
+        if device.index is not None and count > 1:
+            raise UserError(f"--device {device}: {count} processes cannot share a GPU; --device cuda gives one to each")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: GPU {index} was asked for and torch sees {torch.cuda.device_count()} "
@@ -312,7 +315,8 @@ def parallel_model(model, processes):
 def precision(amp, device):
     """--amp -> the autocast type or None, and a GradScaler (that does nothing unless the type is fp16)."""
     if amp == "auto":
-        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "off"
+        amp = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) \
+            else "off"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     return dtype, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -325,14 +329,15 @@ class StopSignal:
     """Ctrl-C, or the SIGTERM by which a scheduler announces the end: the loop saves and leaves. Twice: at once."""
 
     def __init__(self):
-        self.number = 0
+        self.number, self.since = 0, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self)
 
     def __call__(self, number, frame):
-        if number == self.number:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > 1:  # sooner, it is the same one by another way: from torchrun, say
             sys.exit(128 + number)
-        self.number = number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,8 +365,9 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot open the checkpoint {path}: {error.strerror}") from None
-    except Exception:
-        raise UserError(f"{path} is not a checkpoint, or a damaged one") from None
+    except Exception as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a checkpoint, or a damaged one: {cause}") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}; expected a checkpoint or a state dict")
     return checkpoint
@@ -388,15 +394,15 @@ def open_run(args, processes):
         if args.resume != "auto":
             raise UserError(f"--resume {args.resume}: no such file")
         resume = None
-    if resume is None and last.exists():
-        raise UserError(f"{last} is there from an earlier run: --resume auto goes on with it, "
-                        f"another --out begins a new one")
     if all_sum([resume is not None], processes.device)[0] not in (0, processes.count):
         raise UserError(f"some processes see {last} and some do not: --out must be a folder that all nodes share")
     checkpoint = load_checkpoint(resume) if resume else None
-    if checkpoint is not None and "optimizer" not in checkpoint:
+    if checkpoint is not None and not {"optimizer", "args"} <= checkpoint.keys():
         raise UserError(f"--resume {resume}: this file has weights only and cannot be resumed; "
                         f"resume a last.pt, or start from the weights with --weights")
+    if resume != last and last.exists():
+        raise UserError(f"{last} is there from an earlier run: --resume auto goes on with it, "
+                        f"another --out begins a new one")
     if processes.rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -483,8 +489,11 @@ def train(args, processes):
             ema.n_averaged.fill_(checkpoint["averaged"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(checkpoint["scaler"])
         epoch, step, loss_sum, best = (checkpoint[name] for name in ("epoch", "step", "loss_sum", "best"))
+        if not (out / "best.pt").exists():  # resumed into another folder
+            best = -1.0
     network = parallel_model(torch.compile(model) if args.compile else model, processes)
     mix = batch_transform(args, len(classes))
     transform = train_transform(args)
@@ -500,23 +509,32 @@ def train(args, processes):
                              "better": better, **more}, out / name)
 
     def save_last():
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise UserError(f"the weights are no longer finite after epoch {epoch + 1}, step {step}; {advice}")
         save("last.pt", optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), scaler=scaler.state_dict(),
              averaged=int(ema.n_averaged) if ema else 0, loss_sum=loss_sum)
 
     say(f"VisionGRU-{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {len(classes)} classes; "
         f"{len(train_data):,} training and {len(val_data):,} validation images at {args.img_size} px")
     say(f"{args.epochs} epochs of {steps_per_epoch} steps of {args.batch_size} images on {processes.count} x {device}, "
-        f"{'float32' if dtype is None else dtype}; in {out}")
+        f"{dtype or ('tf32' if device.type == 'cuda' else 'float32')}; in {out}")
     if checkpoint:
         say(f"resumed at epoch {epoch + 1}, step {step}")
-    better = checkpoint["better"] if checkpoint else "model"
+    better = checkpoint["better"] if checkpoint and ema else "model"
+    advice = (f"{out / 'last.pt'} was not written over. A lower --lr, a longer --warmup or another --amp may help, in "
+              f"a new run: another --out, and --weights {out / 'last.pt'} to start from the last weights saved")
     stop = StopSignal()
+
+    def leave():
+        say(f"stopped by a signal in epoch {epoch + 1}, after step {step}, and saved: the same command with --resume "
+            f"auto goes on")
+        return 128 + (stop.number or signal.SIGTERM)
 
     for epoch in range(epoch, args.epochs):
         batches = training_batches(len(train_data), args.batch_size, args.accum, processes, args.seed, epoch, step)
         loader = make_loader(Seeded(train_data, transform, args.seed, epoch), batches, args.workers, device)
         network.train()
-        began, first, rate, lr = time.perf_counter(), step, 0.0, scheduler.get_last_lr()[0]
+        began, first, rate = time.perf_counter(), step, 0.0
         bar = tqdm(total=steps_per_epoch, initial=step, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step",
                    leave=False, dynamic_ncols=True, disable=None if main else True)
         for number, (images, labels) in enumerate(loader, start=step * args.accum):
@@ -540,8 +558,7 @@ def train(args, processes):
             if not math.isfinite(loss_here):
                 bar.close()
                 raise UserError(f"the loss is {loss_here} at epoch {epoch + 1}, step {step + 1} of {steps_per_epoch}, "
-                                f"learning rate {lr:.3g}; no checkpoint was written since. A lower --lr, a longer "
-                                f"--warmup or another --amp may help; --resume auto goes on from {out / 'last.pt'}")
+                                f"learning rate {lr:.3g}; {advice}")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -556,17 +573,17 @@ def train(args, processes):
             if stopping:
                 bar.close()
                 save_last()
-                say(f"stopped by a signal in epoch {epoch + 1}, after step {step}, and saved: the same command with "
-                    f"--resume auto goes on")
-                return 128 + (stop.number or signal.SIGTERM)
+                return leave()
             if args.save_every and step % args.save_every == 0 and step < steps_per_epoch:
                 save_last()
         bar.close()
+        save_last()  # validation takes a while, and a resumed run begins with it
 
         scores = {"model": evaluate(model, val_loader, device, dtype)}
         if ema:
             scores["ema"] = evaluate(ema.module, val_loader, device, dtype)
         better = max(scores, key=lambda name: scores[name]["top1"])
+        lr = scheduler.get_last_lr()[0]
         entry = {"epoch": epoch + 1, "loss": loss_sum / steps_per_epoch, "lr": lr, **scores["model"],
                  **{f"ema_{name}": value for name, value in scores.get("ema", {}).items()},
                  "images_per_s": rate, "seconds": time.perf_counter() - began}
@@ -580,6 +597,8 @@ def train(args, processes):
         if is_best:
             save("best.pt")
         save_last()
+        if all_sum([stop.number], device)[0] and epoch < args.epochs:
+            return leave()
 
     say(f"done: {out / 'best.pt'} has top-1 {best:.2f} %. To evaluate it:\n  python train.py --eval --weights "
         f"{out / 'best.pt'}" + (f" --data {args.data}" if args.data else ""))
@@ -627,16 +646,18 @@ def model_from_checkpoint(args):
     checkpoint = load_checkpoint(args.weights)
     settings = {"model": args.model, "img_size": 224, "val_resize": 256, "mean": MEAN, "std": STD, "classes": None,
                 **checkpoint.get("settings", {})}
-    num_classes = len(settings["classes"] or [])
-    if not num_classes:  # somebody else's weights: the classifier tells
-        heads = [value for key, value in checkpoint.items() if key.endswith(("fc.weight", "head.weight"))]
-        if len(heads) != 1:
-            raise UserError(f"{args.weights} has no classifier")
-        num_classes = len(heads[0])
-    model = MODELS[settings["model"]](num_classes=num_classes)
+    try:
+        weights = visiongru.named_weights(checkpoint, args.weights)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if "head.weight" not in weights:
+        raise UserError(f"{args.weights} has no classifier")
+    model = MODELS[settings["model"]](num_classes=len(weights["head.weight"]))
     fill_model(model, checkpoint, args.weights)
     img_size = args.img_size or settings["img_size"]  # one asked for, or the one it was trained at
     val_resize = args.val_resize or round(img_size * settings["val_resize"] / settings["img_size"])
+    if val_resize < img_size:
+        raise UserError(f"--val-resize {val_resize}: expected at least --img-size, {img_size}")
     transform = eval_transform(img_size, val_resize, settings["mean"], settings["std"])
     return model, transform, settings["classes"], checkpoint
 
@@ -749,6 +770,7 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if args.eval or args.predict:  # what is not given comes from the checkpoint
         args.model, args.img_size, args.val_resize = given.model or "tiny", given.img_size, given.val_resize
+        args.batch_size = given.batch_size or 64
     elif args.val_resize is None:
         args.val_resize = args.img_size if args.data is None else round(args.img_size * 256 / 224)
     if args.lr is None:
@@ -772,6 +794,7 @@ def parse_arguments(argv=None):
         check(name, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
     for name in ("drop_path", "ema", "smoothing"):
         check(name, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+    check("betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1")
     check("crop_scale", lambda value: 0 < value <= 1, "a share above 0, at most 1")
     check("img_size", lambda value: value is None or value >= 32, "at least 32 pixels")
     check("val_resize", lambda value: value is None or value >= (args.img_size or 32), "at least --img-size")

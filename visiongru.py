@@ -1,4 +1,4 @@
-"""VisionGRU in one file: an image classifier whose only way to move information across the picture is a recurrence.
+"""VisionGRU in one file: an image model in which a recurrence carries information across the picture.
 
     Yin et al., "VisionGRU: A Linear-Complexity RNN Model for Efficient Image Analysis", arXiv 2412.18178
     Feng et al., "Were RNNs All We Needed?" (minGRU), arXiv 2410.01201
@@ -104,53 +104,57 @@ class _ParallelScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         a, h, h0 = ctx.saved_tensors
-        first, shift = (-1, -1) if ctx.reverse else (0, 1)  # where time starts; +1 shifts towards larger t
-        # roll wraps a_1 round to the end, where it meets the zero state that the backward scan starts from
-        G = _ParallelScan.apply(a.roll(-shift, dims=1), grad, None, not ctx.reverse)
         before = torch.zeros_like(h[:, :1]) if h0 is None else h0[:, None]
-        previous = torch.cat([h[:, 1:], before] if ctx.reverse else [before, h[:, :-1]], dim=1)
-        return G * previous, G, None if h0 is None else a[:, first] * G[:, first], None
+        # "next" and "previous" in the scan's own time. roll wraps the first a round to the end, where it meets the
+        # zero state that the backward scan starts from.
+        if ctx.reverse:
+            first, a_next, h_previous = -1, a.roll(1, dims=1), torch.cat([h[:, 1:], before], dim=1)
+        else:
+            first, a_next, h_previous = 0, a.roll(-1, dims=1), torch.cat([before, h[:, :-1]], dim=1)
+        G = _ParallelScan.apply(a_next, grad, None, not ctx.reverse)
+        return G * h_previous, G, None if h0 is None else a[:, first] * G[:, first], None
 
 
 # An operator of its own, so that torch.compile and torch.export see one node instead of thousands of small steps.
 @torch.library.custom_op("visiongru::scan_rows", mutates_args=())
 def _scan_rows(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
-    """Cut the sequence into about sqrt(T) rows of W = sqrt(T) elements, as an image is rows of pixels, and
+    """Cut the sequence into about sqrt(T) rows of as many elements, as an image is rows of pixels, and
 
-        1. scan all rows at once from a zero state, W steps, keeping only each row's end and the product of its a's;
-        2. carry from row to row: a recurrence over the rows' ends, sqrt(T) steps, gives the state before each row;
-        3. scan all rows at once again, each from its true state, W steps, and write every h_t.
+        1. scan all rows at once from a zero state, keeping only each row's end and the product of its a's;
+        2. carry from row to row: a recurrence over the rows' ends gives the state before each row;
+        3. scan all rows at once again, each from its true state, and write every h_t.
 
-    Step t of a row touches the elements t, t + W, t + 2W, ...: a strided slice of the sequence, so that nothing is
-    padded or copied. Where T is no multiple of W, it is the row reached last in time that is short, so it has no
-    successor to carry to and each slice lines up with the rows reached first.
+    That is 3 sqrt(T) steps. Where T is no multiple of the width, the row that is last in time is short and has nothing
+    to carry on: with T = 7 and width 2, [1 2] [3 4] [5 6] [7], or reversed [1] [2 3] [4 5] [6 7] read from the right.
+    The t-th elements of all rows are a strided slice of the sequence, a "column": nothing is padded or copied.
     """
-    B, T, E = b.shape
-    W = math.isqrt(T)
-    rows, full = math.ceil(T / W), T // W
-    if reverse:  # anchored at the end: the short row is the first in memory, the last in time
-        step = [slice((T - 1 - t) % W, None, W) for t in range(W)]
-        def reached_first(x, n): return x[:, x.shape[1] - n:]
+    T = b.shape[1]
+    width = math.isqrt(T)
+    rows, full_rows = math.ceil(T / width), T // width
+    if reverse:
+        columns = [slice((T - 1 - t) % width, None, width) for t in range(width)]
+        def earliest(x, n): return x[:, x.shape[1] - n:]  # the n rows that come first in time
     else:
-        step = [slice(t, None, W) for t in range(W)]
-        def reached_first(x, n): return x[:, :n]
+        columns = [slice(t, None, width) for t in range(width)]
+        def earliest(x, n): return x[:, :n]
 
-    product, end = reached_first(a[:, step[0]], full), reached_first(b[:, step[0]], full)
-    for t in range(1, W):
-        a_t = reached_first(a[:, step[t]], full)
-        product, end = product * a_t, torch.addcmul(reached_first(b[:, step[t]], full), a_t, end)
+    product, end = earliest(a[:, columns[0]], full_rows), earliest(b[:, columns[0]], full_rows)
+    for column in columns[1:]:
+        a_t, b_t = earliest(a[:, column], full_rows), earliest(b[:, column], full_rows)
+        product, end = product * a_t, torch.addcmul(b_t, a_t, end)
 
     start = torch.zeros_like(b[:, 0]) if h0 is None else h0
     starts = [start]
-    for row in list(range(full))[::-1 if reverse else 1][:rows - 1]:
+    rows_in_time = range(full_rows)[::-1] if reverse else range(full_rows)
+    for row in rows_in_time[:rows - 1]:  # after the last row there is none to start
         start = torch.addcmul(end[:, row], product[:, row], start)
         starts.append(start)
     state = torch.stack(starts[::-1] if reverse else starts, dim=1)
 
     h = torch.empty_like(b, memory_format=torch.contiguous_format)
-    for t in range(W):
-        a_t, b_t, h_t = a[:, step[t]], b[:, step[t]], h[:, step[t]]
-        state = torch.addcmul(b_t, a_t, reached_first(state, b_t.shape[1]), out=h_t)
+    for column in columns:
+        a_t, b_t = a[:, column], b[:, column]
+        state = torch.addcmul(b_t, a_t, earliest(state, b_t.shape[1]), out=h[:, column])
     return h
 
 
@@ -370,11 +374,11 @@ class VisionGRU(nn.Module):
                              f"(for bytes: torchvision's to_dtype(x, torch.float32, scale=True), then normalize)")
         x = self.stem(x.to(self.head.weight.dtype))
         maps = []
-        for stage, downsample in zip(self.stages, [*self.downsamples, None]):
+        for i, stage in enumerate(self.stages):
+            if i > 0:
+                x = self.downsamples[i - 1](x)
             x = stage(x)
             maps.append(to_channels_first(x))
-            if downsample is not None:
-                x = downsample(x)
         return maps
 
     def forward(self, x):
@@ -430,16 +434,36 @@ def _our_name(key):
     return key
 
 
+def named_weights(source, name="the state dict"):
+    """The parameters in what `torch.load` returned, under this file's names.
+
+    `source` is a state dict of ours or of the release, one under the key "model" or "state_dict", or a checkpoint of
+    train.py. Such a checkpoint holds the model and, where one was kept, the moving average of its weights; its entry
+    "better" says which of the two validated better and is taken.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(source, dict):
+        if isinstance(source.get("model"), dict):
+            source = source[source.get("better") or ("ema" if source.get("ema") else "model")]
+        elif isinstance(source.get("state_dict"), dict):
+            source = source["state_dict"]
+    if not isinstance(source, dict) or not all(isinstance(key, str) for key in source) \
+            or not any(isinstance(value, Tensor) for value in source.values()):
+        raise ValueError(f"{name} holds no weights; expected a dict of parameter names and tensors")
+    return {_our_name(key): value for key, value in source.items() if key != "n_averaged"}  # AveragedModel's counter
+
+
 def load_weights(model, source):
     """Fill `model` with the weights of `source` and return it.
 
     Args:
         model: a model of this file.
         source: a path, or what `torch.load` returned for it: a state dict of ours or of the authors' release (with or
-            without the prefixes that DataParallel, torch.compile, AveragedModel and the release's wrappers put before
-            the names), or a checkpoint of train.py. Such a checkpoint holds the model and, where one was kept, the
-            moving average of its weights; the one that validated better, as its entry "better" says, is taken. For a
-            choice of your own pass `torch.load(path)["model"]` or `["ema"]`.
+            without the prefixes `module.`, `_orig_mod.`, `vig.` and `backbone.vig.` that wrappers put before the
+            names), or a checkpoint of train.py, of which the better of model and moving average is taken. For a choice
+            of your own pass `torch.load(path)["model"]` or `["ema"]`.
 
     A classifier for another number of classes is left at its initial values, with a warning: that is fine-tuning.
 
@@ -458,21 +482,14 @@ def load_weights(model, source):
                              f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     else:
         name = "the state dict"
-    if isinstance(source, dict) and isinstance(source.get("model"), dict):
-        source = source[source.get("better", "ema" if source.get("ema") else "model")]
-    elif isinstance(source, dict) and isinstance(source.get("state_dict"), dict):
-        source = source["state_dict"]
-    if not isinstance(source, dict) or not any(isinstance(value, torch.Tensor) for value in source.values()):
-        raise ValueError(f"{name} holds no weights; expected a dict of parameter names and tensors")
-
-    found = {_our_name(key): value for key, value in source.items() if key != "n_averaged"}  # AveragedModel's counter
+    found = named_weights(source, name)
     expected = model.state_dict()
     head = {"head.weight", "head.bias"}
     if head <= found.keys() & expected.keys() and found["head.weight"].shape != expected["head.weight"].shape \
             and found["head.weight"].shape[1:] == expected["head.weight"].shape[1:]:
         warnings.warn(f"{name} has a classifier for {len(found['head.weight'])} classes and the model one for "
                       f"{len(expected['head.weight'])}: it is left at its initial values", stacklevel=2)
-        found.update({key: expected[key] for key in head})
+        found.update({key: expected[key] for key in head})  # so that what follows finds nothing wrong with it
 
     def listed(title, keys):
         return [f"{title}: {', '.join(keys)}"] if keys else []
