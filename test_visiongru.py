@@ -901,6 +901,9 @@ def test_data_with_other_classes_than_the_checkpoints_is_refused(finished, tmp_p
             train.main(arguments(data, finished, "--resume", "auto"))
         with pytest.raises(train.UserError, match=message):
             train.main(["--eval", "--weights", str(finished / "best.pt"), "--data", str(data), "--device", "cpu"])
+    grown = picture_folder(tmp_path / "grown", {"ant": 19, "bee": 19, "cat": 19}, {"ant": 1, "bee": 1, "cat": 1})
+    with pytest.raises(train.UserError, match="started on 51 training images and there are now 57"):
+        train.main(arguments(grown, finished, "--drop-path", 0.2, "--resume", "auto"))
 
 
 def test_checkpoints_that_are_none_are_named(tmp_path, pictures):

@@ -412,7 +412,7 @@ def open_run(args, processes):
 
 
 def check_arguments(checkpoint, args, say=print):
-    """A run goes on with the model, the order of images and the optimizer it has; of other changes the user is told."""
+    """A run goes on with the model, the order of images and the optimizer it has; of other changes the user hears."""
     machine = {"data", "out", "resume", "weights", "device", "workers", "save_every", "compile", "accum"}
     for name, before in checkpoint["args"].items():
         now = getattr(args, name, before)
@@ -464,9 +464,13 @@ def train(args, processes):
                         f"give a smaller one")
     out, checkpoint = open_run(args, processes)
     settings = {"model": args.model, "img_size": args.img_size, "val_resize": args.val_resize,
-                "mean": list(MEAN), "std": list(STD), "classes": classes}
+                "mean": list(MEAN), "std": list(STD), "classes": classes, "train_images": len(train_data)}
     if checkpoint:
         check_classes(checkpoint, classes, args.resume)
+        before = checkpoint["settings"]["train_images"]
+        if before != len(train_data):
+            raise UserError(f"--resume: the run was started on {before} training images and there are now "
+                            f"{len(train_data)}; to go on with other data, begin a new run with --weights")
         check_arguments(checkpoint, args, say)
 
     # Model, average, optimizer, schedule.
