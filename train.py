@@ -16,7 +16,6 @@ arguments.
 
 import argparse
 import contextlib
-import copy
 import hashlib
 import json
 import math
@@ -32,7 +31,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -268,7 +266,7 @@ def _start_worker(_):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def start_processes(device):
-    """Join the other processes if torchrun started several. -> rank, count, local_rank, device."""
+    """Join the other processes if torchrun started several. -> rank, count, device."""
     count, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
@@ -292,7 +290,7 @@ def start_processes(device):
         raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if count > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    return types.SimpleNamespace(rank=rank, count=count, local_rank=local_rank, device=device)
+    return types.SimpleNamespace(rank=rank, count=count, device=device)
 
 
 def all_sum(numbers, device):
