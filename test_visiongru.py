@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
+import segment
 import train
 import visiongru
-from visiongru import (GRU2D, MinGRU, VisionGRU, load_weights, scan_log, scan_parallel, scan_sequential, visiongru_base,
-                       visiongru_nano, visiongru_tiny)
+from visiongru import (GRU2D, MinGRU, UPerNet, VisionGRU, load_weights, scan_log, scan_parallel, scan_sequential,
+                       visiongru_base, visiongru_nano, visiongru_tiny)
 
 HERE = Path(__file__).parent
 MICRO = dict(dim=8, depths=(1, 1, 2, 1))
@@ -621,9 +624,9 @@ def arguments(data, out, *more):
 PLAIN = "--mixup", 0, "--cutmix", 0  # these two pair the images of one process's batch
 
 
-def script(*words, launcher=(), **kw):
+def script(*words, launcher=(), name="train.py", **kw):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, *launcher, HERE / "train.py", *words], env=env, text=True,
+    return subprocess.Popen([sys.executable, *launcher, HERE / name, *words], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
 
@@ -924,3 +927,561 @@ def test_the_script_says_so_without_a_traceback_and_exits_with_2(words, message)
     process = script(*words)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 2 and message in err and "Traceback" not in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# UPerNet
+# ---------------------------------------------------------------------------------------------------------------------
+
+def micro_upernet(num_classes=5):
+    return UPerNet(VisionGRU(7, **MICRO), num_classes, channels=8, aux_channels=4)
+
+
+def test_parameter_counts_of_upernet():
+    model = UPerNet(visiongru_tiny(), 150)
+    assert parameters(model.decode_head) == 30_133_398
+    assert parameters(model.auxiliary_head) == 702_614
+    assert parameters(model) == 60_475_964
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (33, 47), (97, 64), (131, 200)])
+def test_upernet_gives_each_pixel_its_logits_at_any_size(height, width):
+    model = micro_upernet()
+    x = torch.randn(2, 3, height, width)
+    outputs = model(x)
+    assert [y.shape for y in outputs] == 2 * [(2, 5, height, width)]
+    sum(y.square().sum() for y in outputs).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    assert model(x).shape == (2, 5, height, width) and torch.equal(model(x), model(x))
+
+
+def test_upernets_decoder_computes_what_its_docstring_says():
+    torch.set_grad_enabled(False)
+    head = UPerNet(VisionGRU(7, **MICRO).double(), 5, channels=8).double().eval().decode_head
+    for norm in (m for m in head.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    maps = [torch.randn(1, c, h, w, dtype=torch.float64) for c, h, w in
+            ((8, 12, 20), (16, 6, 10), (32, 3, 5), (64, 2, 3))]
+
+    def conv(layer, x):  # convolution, BatchNorm, ReLU, from their definitions
+        padding = layer[0].weight.shape[-1] // 2
+        x = F.conv2d(x, layer[0].weight, padding=padding)
+        mean, var, weight, bias = (t[:, None, None] for t in (layer[1].running_mean, layer[1].running_var,
+                                                              layer[1].weight, layer[1].bias))
+        return ((x - mean) / (var + 1e-5).sqrt() * weight + bias).clamp_min(0)
+
+    def to(x, like):
+        return F.interpolate(x, like.shape[2:], mode="bilinear")
+    pooled = [to(conv(head.psp_modules[i][1], F.adaptive_avg_pool2d(maps[3], grid)), maps[3])
+              for i, grid in enumerate((1, 2, 3, 6))]
+    p4 = conv(head.bottleneck, torch.cat([maps[3], *pooled], 1))
+    p3 = conv(head.lateral_convs[2], maps[2]) + to(p4, maps[2])
+    p2 = conv(head.lateral_convs[1], maps[1]) + to(p3, maps[1])
+    p1 = conv(head.lateral_convs[0], maps[0]) + to(p2, maps[0])
+    finest = [to(x, p1) for x in (*(conv(head.fpn_convs[i], x) for i, x in enumerate((p1, p2, p3))), p4)]
+    expected = F.conv2d(conv(head.fpn_bottleneck, torch.cat(finest, 1)), head.conv_seg.weight, head.conv_seg.bias)
+    torch.set_grad_enabled(True)
+    torch.testing.assert_close(head(maps), expected)
+
+
+def test_upernet_refuses_sizes_that_make_no_sense():
+    for kw, message in (({"num_classes": 0}, "num_classes is 0"), ({"num_classes": 2, "channels": 1.5}, "channels is"),
+                        ({"num_classes": 2, "aux_channels": -1}, "aux_channels is -1")):
+        with pytest.raises(ValueError, match=message):
+            UPerNet(VisionGRU(5, **MICRO), **kw)
+
+
+def test_weights_pass_between_classifier_and_segmentation_model():
+    classifier, segmenter = VisionGRU(9, **MICRO), micro_upernet()
+    load_weights(segmenter.backbone, classifier.state_dict())
+    assert all(torch.equal(value, classifier.state_dict()[name])
+               for name, value in segmenter.backbone.state_dict().items())
+    other = VisionGRU(9, **MICRO)
+    head = other.head.weight.clone()
+    load_weights(other, segmenter.state_dict())
+    assert torch.equal(other.head.weight, head) and same(segmenter.backbone, other.state_dict())
+    with pytest.raises(ValueError, match=r"no decoder; to start from its backbone: load_weights\(model.backbone"):
+        load_weights(segmenter, classifier.state_dict())
+
+
+def test_the_authors_segmentation_checkpoints_load_into_upernet_and_its_backbone():
+    source = micro_upernet()
+    keys = [f"backbone.vig.{key}" for key in release_names(source.backbone)]
+    for key in source.state_dict():
+        if not key.startswith("backbone."):
+            key = re.sub(r"(psp_modules\.\d\.1|bottleneck|_convs\.\d|head\.convs\.0)\.0\.", r"\1.conv.", key)
+            keys.append(re.sub(r"(psp_modules\.\d\.1|bottleneck|_convs\.\d|head\.convs\.0)\.1\.", r"\1.bn.", key))
+    assert {"decode_head.psp_modules.3.1.conv.weight", "decode_head.fpn_bottleneck.bn.running_var",
+            "auxiliary_head.convs.0.conv.weight", "decode_head.lateral_convs.2.bn.bias"} <= set(keys)
+    state = {"state_dict": dict(zip(keys, source.state_dict().values(), strict=True))}
+    assert same(load_weights(micro_upernet(), state), source.state_dict())
+    assert same(load_weights(micro_upernet().backbone, state), source.backbone.state_dict())
+    state["state_dict"]["backbone.vig.fc.weight"] = torch.zeros(1000, 64)  # of no use, and no harm
+    assert same(load_weights(micro_upernet(), state), source.state_dict())
+
+
+def test_segmenting_other_classes_starts_with_new_classifiers():
+    source, model = micro_upernet(5), micro_upernet(3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="5 classes and the model one for 3") as caught:
+        load_weights(model, source.state_dict())
+    assert len(caught) == 2
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (before if ".conv_seg." in name else source.state_dict())[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# segment.py: scenes, label maps, crops, scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_a_built_in_scene_depends_on_its_index_alone_and_the_set_has_all_classes():
+    data = segment.Scenes("training", 60)
+    image, mask = data[7]
+    assert image.size == (64, 64) and mask.shape == (64, 64) and mask.dtype == torch.uint8
+    again = segment.Scenes("training", 999)[7]
+    assert image.tobytes() == again[0].tobytes() and torch.equal(mask, again[1])
+    assert image.tobytes() != segment.Scenes("validation", 60)[7][0].tobytes()
+    seen = set().union(*(data[i][1].unique().tolist() for i in range(60)))
+    assert seen == set(range(len(data.classes)))
+
+
+def write_labelled(root, split, name, labels, image_size=None, mode=None):
+    """One image, whose colour shows its labels, and its label map (a list of rows)."""
+    labels = torch.tensor(labels)
+    for kind in ("images", "annotations"):
+        (root / kind / split).mkdir(parents=True, exist_ok=True)
+    grey = Image.fromarray((labels * 40 % 256).to(torch.uint8).numpy()).convert("RGB")
+    grey.resize(image_size or grey.size).save(root / "images" / split / f"{name}.jpg")
+    wide = labels.max() > 255
+    mask = Image.fromarray(labels.to(torch.uint16 if wide else torch.uint8).numpy())
+    (mask.convert(mode) if mode else mask).save(root / "annotations" / split / f"{name}.png")
+
+
+ROWS = [[0, 1, 2, 3], [3, 2, 1, 255]]
+
+
+@pytest.mark.parametrize("zero_is_ignore, ignore_label, classes, expected", [
+    (True, 255, 3, [[255, 0, 1, 2], [2, 1, 0, 255]]),   # ADE20K: 0 is other, the rest move down
+    (False, 255, 4, [[0, 1, 2, 3], [3, 2, 1, 255]]),    # counted from 0
+    (False, 3, 256, [[0, 1, 2, 255], [255, 2, 1, 255]]),
+])
+def test_labels_are_read_by_the_rule_that_was_asked_for(zero_is_ignore, ignore_label, classes, expected, tmp_path):
+    write_labelled(tmp_path, "training", "a", ROWS)
+    data = segment.LabelledImages(tmp_path, "training", ["c"] * classes, zero_is_ignore, ignore_label)
+    image, mask = data[0]
+    assert len(data) == 1 and mask.tolist() == expected and image.size == (4, 2)
+
+
+@pytest.mark.parametrize("rows, zero_is_ignore, classes, message", [
+    (ROWS, True, 2, "a.png has a pixel of label 3; expected 1 to 2, or 0 or 255 to ignore it"),
+    (ROWS, False, 3, "a.png has a pixel of label 3; expected 0 to 2, or 255 to ignore it"),
+    ([[7, 300]], True, 150, "a.png has a pixel of label 300; expected 1 to 150"),
+])
+def test_a_label_outside_the_range_is_named_with_its_file(rows, zero_is_ignore, classes, message, tmp_path):
+    write_labelled(tmp_path, "training", "a", rows)
+    data = segment.LabelledImages(tmp_path, "training", ["c"] * classes, zero_is_ignore, 255)
+    with pytest.raises(train.UserError, match=message):
+        data[0]
+
+
+def test_palette_masks_are_read_by_their_numbers_and_colour_masks_refused(tmp_path):
+    write_labelled(tmp_path, "training", "a", ROWS, mode="P")
+    write_labelled(tmp_path, "training", "b", ROWS, mode="RGB")
+    data = segment.LabelledImages(tmp_path, "training", ["c"] * 3, True, 255)
+    assert data[0][1].tolist() == [[255, 0, 1, 2], [2, 1, 0, 255]]
+    with pytest.raises(train.UserError, match=r"b.png has 3 channels \(RGB\); expected one"):
+        data[1]
+
+
+def test_every_other_fault_of_the_data_is_named_too(tmp_path):
+    def data():
+        return segment.LabelledImages(tmp_path, "training", ["c"] * 3, True, 255)
+    with pytest.raises(train.UserError, match="images/training: no such folder"):
+        data()
+    write_labelled(tmp_path, "training", "a", ROWS, image_size=(5, 2))
+    with pytest.raises(train.UserError, match="a.png is 4 x 2 pixels and its image .*a.jpg 5 x 2"):
+        data()[0]
+    (tmp_path / "annotations/training/a.png").write_bytes(b"no picture")
+    with pytest.raises(train.UserError, match="cannot read the label map .*a.png"):
+        data()[0]
+    (tmp_path / "annotations/training/a.png").unlink()
+    with pytest.raises(train.UserError, match="a.jpg has no label map; expected .*annotations/training/a.png$"):
+        data()
+    (tmp_path / "images/training/a.png").write_bytes(b"")
+    with pytest.raises(train.UserError, match="a.jpg and a.png have the same name"):
+        data()
+    for path in (tmp_path / "images/training").iterdir():
+        path.unlink()
+    with pytest.raises(train.UserError, match="images/training has no images in it"):
+        data()
+
+
+def test_class_names_come_from_the_folder_or_are_counted(tmp_path):
+    def names(*more):
+        return segment.class_names(segment.parse_arguments(["--data", str(tmp_path), *more]))
+    with pytest.raises(train.UserError, match="how many classes are there"):
+        names()
+    assert names("--num-classes", "2") == ["label 1", "label 2"]
+    assert names("--num-classes", "2", "--no-zero-is-ignore") == ["label 0", "label 1"]
+    (tmp_path / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n1\t0.16\t9\t1\twall\n"
+                                                "2\t0.11\t8\t1\tbuilding, edifice\n")
+    assert names() == ["wall", "building, edifice"]
+    (tmp_path / "classes.txt").write_text("sky\nroad\n\ncar\n")
+    assert names() == ["sky", "road", "car"]
+    with pytest.raises(train.UserError, match="--num-classes 2: .*classes.txt names 3"):
+        names("--num-classes", "2")
+    (tmp_path / "classes.txt").write_text("sky\nsky\n")
+    with pytest.raises(train.UserError, match="2 names, 1 of them different"):
+        names()
+
+
+def crop_arguments(*more):
+    return segment.parse_arguments(["--data", "x", "--crop-size", "32", "--scale", "1", "1", "--distort", "0",
+                                    *map(str, more)])
+
+
+def test_of_ten_crops_the_first_without_a_class_of_more_than_75_percent_is_taken():
+    mask = torch.zeros(32, 120, dtype=torch.uint8)
+    mask[:, 100:] = 1  # a crop must begin at 76 or further right to have at least a quarter of each
+    image = v2.functional.to_pil_image(mask[None].expand(3, -1, -1) * 200)
+    transform = segment.TrainTransform(crop_arguments("--flip", 0))
+    tries, shares = [], []
+
+    class Counting(torch.nn.Module):
+        def forward(self, *inputs):
+            tries[-1] += 1
+            return crop(*inputs)
+    crop, transform.crop = transform.crop, Counting()
+    for _ in range(60):
+        tries.append(0)
+        x, y = transform(image, mask)
+        assert x.shape == (3, 32, 32) and x.dtype == torch.float32 and y.shape == (32, 32)
+        assert torch.equal(x[0] > 0, y == 1)  # image and mask were cut alike
+        shares.append((y == 1).float().mean().item())
+    fits = [0.25 <= share <= 0.75 for share in shares]
+    assert all(fit or count == 10 for fit, count in zip(fits, tries))
+    assert sum(fits) > 30 and min(tries) < 3  # by chance alone it were 9
+    for void in (mask * 0 + 255, mask * 0):  # nothing to learn, or one class: it ends all the same
+        tries.append(0)
+        assert transform(image, void)[1].unique().tolist() == void.unique().tolist() and tries[-1] == 10
+
+
+def test_ignored_pixels_do_not_count_in_the_crop_rule():
+    mask = torch.full((32, 32), 255, dtype=torch.uint8)
+    mask[:2], mask[2:4] = 0, 1
+    transform = segment.TrainTransform(crop_arguments())
+    transform.crop = lambda *inputs, calls=[]: calls.append(1) or (inputs if len(calls) < 2 else 1 / 0)
+    transform(v2.functional.to_pil_image(mask[None].expand(3, -1, -1)), mask)  # taken at once: half and half
+
+
+def test_small_images_are_filled_up_with_ignore_and_scales_keep_masks_whole_numbers():
+    mask = torch.arange(4, dtype=torch.uint8).repeat_interleave(5).expand(20, 20).contiguous()
+    image = v2.functional.to_pil_image(mask[None].expand(3, -1, -1) * 60)
+    transform = segment.TrainTransform(crop_arguments("--short-side", 20 + 12, "--scale", 0.5, 1, "--distort", 1))
+    for _ in range(20):
+        x, y = transform(image, mask)
+        assert x.shape == (3, 32, 32) and set(y.unique().tolist()) <= {0, 1, 2, 3, 255}
+        assert type(x) is type(y) is torch.Tensor
+    x, y = segment.eval_transform(40)(image, mask)
+    assert x.shape == (3, 40, 40) and y is mask  # the score is taken at the label map's own size
+
+
+def test_scores_of_a_confusion_matrix_worked_out_by_hand():
+    #           taken for  a  b  c  d
+    confusion = torch.tensor([[6, 2, 0, 0],     # a: 8 pixels, 6 right
+                              [1, 3, 0, 0],     # b: 4 pixels, 3 right
+                              [0, 0, 0, 0],     # c: none, and none predicted: it counts nowhere
+                              [0, 0, 0, 0]], dtype=torch.float64)
+    result = segment.scores(confusion)
+    assert result["iou"][:2] == pytest.approx([600 / 9, 300 / 6]) and all(map(math.isnan, result["iou"][2:]))
+    assert result["miou"] == pytest.approx((600 / 9 + 50) / 2)
+    assert result["mean_acc"] == pytest.approx((75 + 75) / 2) and result["pixel_acc"] == pytest.approx(75)
+    confusion[0, 3] = 2  # two pixels of a were taken for d, which does not occur
+    result = segment.scores(confusion)
+    assert result["iou"][3] == 0 and math.isnan(result["acc"][3])
+    assert result["miou"] == pytest.approx((600 / 11 + 50 + 0) / 3)
+    assert "d          0.00      -" in segment.score_table(result, ["a", "b", "c", "d" + " " * 5])
+
+
+class Oracle(torch.nn.Module):
+    """Reads the class of a pixel from its red channel."""
+
+    num_classes = 4
+
+    def forward(self, x):
+        return F.one_hot(x[:, 0].round().long().clamp(0, 3), 4).permute(0, 3, 1, 2).float()
+
+
+def test_evaluation_counts_each_known_pixel_once_at_the_label_maps_size():
+    truth = torch.randint(0, 4, (37, 50))
+    seen = truth.clone()
+    seen[0, :10] = (seen[0, :10] + 1) % 4  # ten mistakes
+    mask = truth.to(torch.uint8)
+    mask[1] = 255
+    item = torch.stack([seen.float()] * 3)[None], mask[None]
+    confusion = segment.evaluate(Oracle(), [item, item], torch.device("cpu"))
+    assert confusion.sum() == 2 * 36 * 50 and confusion.sum() - confusion.diag().sum() == 20
+    large = mask.repeat_interleave(3, 0).repeat_interleave(3, 1)  # a label map of thrice the image's size
+    assert segment.evaluate(Oracle(), [(item[0], large[None])], torch.device("cpu")).sum() == 9 * 36 * 50
+
+
+@pytest.mark.parametrize("height, width", [(10, 40), (64, 64), (65, 97), (150, 33)])
+def test_windows_cover_every_pixel_and_their_logits_are_averaged(height, width):
+    image = torch.randint(0, 4, (1, 3, height, width)).float()
+    for window in (None, 32, 64):
+        logits = segment.class_logits(Oracle(), image, window=window)
+        assert torch.equal(logits, Oracle()(image)[0])
+    calls = []
+
+    class Constant(Oracle):
+        def forward(self, x):
+            calls.append(x.shape)
+            return torch.full_like(Oracle()(x), len(calls))
+    logits = segment.class_logits(Constant(), torch.zeros(1, 3, 32, 48), window=32)
+    assert calls == [(1, 3, 32, 32)] * 2  # columns 0-31 and 16-47
+    assert logits[0, 0].tolist() == [1] * 16 + [1.5] * 16 + [2] * 16
+
+
+def test_a_label_map_is_the_argmax_of_the_enlarged_logits():
+    logits = torch.randn(7, 9, 11)
+    expected = F.interpolate(logits[None], (40, 31), mode="bilinear")[0].argmax(0)
+    assert torch.equal(segment.label_map(logits, (40, 31)), expected)
+
+
+def test_the_segmentation_recipe_is_the_papers():
+    args = segment.parse_arguments(["--data", "ade"])
+    assert (args.model, args.channels, args.aux_channels, args.iters, args.batch_size, args.lr, args.weight_decay,
+            args.warmup, args.crop_size, args.short_side, args.scale, args.zero_is_ignore, args.ignore_label) == (
+        "tiny", 512, 256, 160_000, 16, 6e-5, 0.01, 1500, 512, 512, [0.5, 2.0], True, 255)
+    lr = [segment.warmup_linear(step, 160_000, 1500) for step in (0, 750, 1500, 80_750, 160_000)]
+    assert lr == pytest.approx([1e-6, 0.5, 1, 0.5, 0], abs=1e-6)
+    model = micro_upernet()
+    decayed, free = segment.parameter_groups(model, 0.01)
+    assert decayed["weight_decay"] == 0.01 and free["weight_decay"] == 0
+    assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    for p in free["params"]:
+        assert ".norm" in names[id(p)] or ".1." in names[id(p)]
+    assert all("norm" not in names[id(p)] for p in decayed["params"])
+
+
+def test_the_loss_is_a_mean_over_all_pixels_and_none_of_a_crop_without_labels():
+    logits, masks = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (2, 4, 4))
+    masks[0] = 255
+    by_hand = -logits.log_softmax(1).gather(1, masks.clamp(max=2)[:, None])[1].sum() / 32
+    torch.testing.assert_close(segment.segmentation_loss((logits, logits), masks), 1.4 * by_hand)
+    nothing = segment.segmentation_loss((logits, logits), torch.full_like(masks, 255))
+    assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_has_the_same_images_for_any_number_of_processes_and_every_image_once_in_an_epoch(count, accum):
+    mine = [segment.training_batches(3, 9, 8, accum, processes(rank, count)) for rank in range(count)]
+    assert all(len(batches) == 6 * accum and len(batches[0]) == 8 // accum // count for batches in mine)
+    steps = [sorted(p for batches in mine for batch in batches[i * accum:(i + 1) * accum] for p in batch)
+             for i in range(6)]
+    assert steps == [list(range(8 * s, 8 * s + 8)) for s in range(3, 9)]
+    data = [(torch.tensor(i), 0) for i in range(5)]  # fewer than a batch
+    stream = segment.Shuffled(data, lambda x, _: (x, torch.rand(())), seed=1)
+    items = [stream[p] for p in range(15)]
+    for epoch in range(3):
+        assert sorted(int(x) for x, _ in items[5 * epoch:5 * epoch + 5]) == [0, 1, 2, 3, 4]
+    assert len({float(r) for _, r in items}) == 15
+    assert [(int(x), float(r)) for x, r in items[::-1]] == [(int(x), float(r)) for x, r in map(stream.__getitem__,
+                                                                                             range(14, -1, -1))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# segment.py: whole runs, on pictures of three colours side by side
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def streets(tmp_path_factory):
+    """Images of 40 x 48 in which a pixel's colour says its class; 9 to train on and 5, of several sizes, to validate."""
+    root = tmp_path_factory.mktemp("streets")
+    for split, count in (("training", 9), ("validation", 5)):
+        for i in range(count):
+            generator = torch.Generator().manual_seed(i)
+            height, width = (40, 48) if split == "training" else (40 + 8 * i, 48 + 5 * i)
+            edges = torch.randint(8, 20, (2,), generator=generator)
+            labels = torch.bucketize(torch.arange(width), edges.cumsum(0)).expand(height, -1) + 1
+            pixels = F.one_hot(labels - 1, 3) * 150 + torch.randint(0, 100, (height, width, 3), generator=generator)
+            labels = labels.clone()
+            labels[:2] = 0
+            write_labelled(root, split, str(i), labels.tolist())
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / "images" / split / f"{i}.jpg", quality=95)
+    (root / "classes.txt").write_text("red\ngreen\nblue\n")
+    return root
+
+
+def seg_arguments(data, out, *more):
+    return [str(word) for word in (
+        "--data", data, "--out", out, "--model", "nano", "--channels", 16, "--aux-channels", 8, "--crop-size", 32,
+        "--short-side", 40, "--iters", 6, "--eval-every", 3, "--warmup", 2, "--batch-size", 4, "--lr", 1e-3,
+        "--device", "cpu", "--workers", 0, *more)]
+
+
+@pytest.fixture(scope="session")
+def segmented(streets, tmp_path_factory):
+    """A run left alone, with the whole recipe: every kind of randomness is on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("segmented") / "run"
+    assert segment.main(seg_arguments(streets, out, "--drop-path", 0.2)) == 0
+    torch.set_num_threads(threads)
+    return out
+
+
+def test_a_segmentation_run_leaves_a_log_and_checkpoints_that_tell_all(segmented):
+    log = history(segmented)
+    assert [entry["step"] for entry in log] == [3, 6]
+    assert {"loss", "lr", "miou", "mean_acc", "pixel_acc", "images_per_s"} <= log[0].keys()
+    assert list(log[0]["iou"]) == list(log[0]["acc"]) == ["red", "green", "blue"]
+    best = torch.load(segmented / "best.pt", weights_only=True)
+    assert best["settings"]["classes"] == ["red", "green", "blue"] and best["best"] == max(e["miou"] for e in log)
+    assert "optimizer" not in best and not list(segmented.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_segmentation_run_stopped_and_resumed_ends_with_the_same_bits(number, segmented, streets, tmp_path):
+    out = tmp_path / "run"
+    words = seg_arguments(streets, out, "--drop-path", 0.2, "--save-every", 1, "--workers", 2)
+    process = script(*words, name="segment.py")
+    wait_for(out / "last.pt", process)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), stderr
+    stopped = torch.load(out / "last.pt", weights_only=True)
+    assert 0 < stopped["step"] < 6
+
+    process = script(*words, "--resume", "auto", name="segment.py")
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    assert f"resumed at step {stopped['step']}" in stdout
+    resumed, alone = (torch.load(folder / "last.pt", weights_only=True) for folder in (out, segmented))
+    for key in ("model", "optimizer", "scheduler", "step", "validated", "best", "loss_sum"):
+        assert_same(resumed[key], alone[key])
+    for entry, expected in zip(history(out), history(segmented), strict=True):
+        assert entry | {"images_per_s": 0, "seconds": 0} == expected | {"images_per_s": 0, "seconds": 0}
+
+
+def test_validation_of_an_odd_number_of_images_by_two_processes_is_that_by_one(segmented, streets):
+    words = ["--eval", "--weights", str(segmented / "best.pt"), "--data", str(streets), "--device", "cpu"]
+    outputs = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        process = script(*words, launcher=launcher, name="segment.py")
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        outputs.append(out)
+    assert outputs[0] == outputs[1] and "5 images" in outputs[0] and "red" in outputs[0]
+    best = torch.load(segmented / "best.pt", weights_only=True)["best"]
+    assert f"mIoU {best:.2f}" in outputs[0]  # the figure of the log
+
+
+def test_two_processes_train_and_all_validate_the_model_that_is_saved(streets, tmp_path):
+    process = script(*seg_arguments(streets, tmp_path / "run", "--accum", 1, "--slide"), name="segment.py",
+                     launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert out.count("step      3/6") == 1
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["best"]
+    process = script("--eval", "--slide", "--weights", str(tmp_path / "run" / "best.pt"), "--data", str(streets),
+                     "--device", "cpu", name="segment.py")
+    out, err = process.communicate(timeout=100)
+    assert f"mIoU {best:.2f}" in out, err
+
+
+def test_segmentation_learns(streets, tmp_path):
+    words = seg_arguments(streets, tmp_path / "run", "--iters", 40, "--eval-every", 40, "--distort", 0, "--accum", 2,
+                          "--save-every", 7, "--lr", 3e-3)
+    assert segment.main(words) == 0
+    assert history(tmp_path / "run")[-1]["miou"] > 80
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_segmentation_trains_in_mixed_precision_from_a_classifiers_weights(amp, finished, streets, tmp_path):
+    words = seg_arguments(streets, tmp_path / "run", "--amp", amp, "--iters", 1, "--lr", 0, "--backbone-weights",
+                          finished / "best.pt")
+    assert segment.main(words) == 0
+    trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
+    classifier = load_weights(visiongru_nano(num_classes=3), finished / "best.pt").state_dict()
+    for name, value in classifier.items():
+        assert name.startswith("head.") or torch.equal(trained[f"backbone.{name}"], value)
+
+
+def test_pictures_of_any_size_become_label_maps_and_overlays(segmented, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    sizes = {"wide": (300, 8), "tiny": (1, 1), "photo": (131, 97), "grey": (50, 60)}
+    for name, size in sizes.items():
+        Image.new("L" if name == "grey" else "RGB", size, 120).save(tmp_path / "in" / f"{name}.png")
+    images = [str(tmp_path / "in" / f"{name}.png") for name in sizes]
+    words = ["--predict", *images, "--weights", str(segmented / "best.pt"), "--out", str(tmp_path / "out"),
+             "--device", "cpu"]
+    for more in ([], ["--slide"]):
+        assert segment.main([*words, *more]) == 0
+        assert "4 label maps" in capsys.readouterr().out
+        for name, size in sizes.items():
+            with Image.open(tmp_path / "out" / f"{name}_labels.png") as labels:
+                assert labels.mode == "P" and labels.size == size
+                assert {label for _, label in labels.getcolors()} <= {1, 2, 3}  # as in the training masks
+                assert labels.getpalette()[:3] == [0, 0, 0]
+            with Image.open(tmp_path / "out" / f"{name}_overlay.png") as page:
+                assert page.width >= size[0] and page.height > size[1] and page.mode == "RGB"
+
+
+def test_an_overlay_shows_the_picture_under_its_colours_and_a_legend_of_the_classes_that_occur():
+    labels = Image.fromarray(torch.tensor([[1] * 200, [3] * 200]).to(torch.uint8).repeat_interleave(50, 0).numpy())
+    labels = labels.convert("P")
+    labels.putpalette(segment.palette(True))
+    page = segment.overlay(Image.new("RGB", (200, 100), (100, 200, 50)), labels, {1: "road", 2: "sky", 3: "a car"})
+    colours = [tuple(segment.palette(True)[3 * k:3 * k + 3]) for k in range(4)]
+    assert len(set(map(tuple, zip(*[iter(segment.palette(False))] * 3)))) > 150
+    for y, label in ((10, 1), (90, 3)):
+        assert page.getpixel((5, y)) == pytest.approx([(p + c) / 2 for p, c in zip((100, 200, 50), colours[label])],
+                                                      abs=1)
+    legend = {colour for _, colour in page.crop((0, 100, *page.size)).getcolors(10**6)}
+    assert {colours[1], colours[3]} <= legend and colours[2] not in legend
+
+
+def test_a_picture_that_cannot_be_read_does_not_stop_the_others(segmented, streets, tmp_path, capsys):
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    words = ["--predict", str(tmp_path / "bad.jpg"), str(streets / "images/validation/1.jpg"), "--weights",
+             str(segmented / "best.pt"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert segment.main(words) == 2
+    captured = capsys.readouterr()
+    assert "cannot read the image" in captured.err and "bad.jpg" in captured.err and "1 label maps" in captured.out
+    assert (tmp_path / "out" / "1_labels.png").exists()
+
+
+@pytest.mark.parametrize("more, message", [
+    (("--crop-size", 31), "--crop-size 31: expected at least 32"),
+    (("--scale", 2, 1), r"--scale \[2.0, 1.0\]: expected two numbers above 0, LOW first"),
+    (("--iters", 0), "--iters 0"),
+    (("--num-classes", 255), "--num-classes 255: expected 1 to 254"),
+    (("--num-classes", 7), "--num-classes 7: .*classes.txt names 3"),
+    (("--batch-size", 4, "--accum", 4), "one image at a time; BatchNorm needs two"),
+    (("--batch-size", 4, "--accum", 3), "expected a multiple of 3"),
+    (("--weights", "a", "--backbone-weights", "b"), "give one of the two"),
+    (("--backbone-weights", "absent.pt"), "cannot open the checkpoint absent.pt"),
+])
+def test_segmentation_arguments_that_make_no_sense_are_refused(more, message, streets, tmp_path):
+    with pytest.raises(train.UserError, match=message):
+        segment.main(seg_arguments(streets, tmp_path / "run", *more))
+
+
+def test_segmentation_checkpoints_that_do_not_fit_are_refused(segmented, finished, streets, tmp_path):
+    with pytest.raises(train.UserError, match="best.pt has no decode_head.conv_seg.weight; expected a checkpoint of"):
+        segment.main(["--predict", "x.png", "--weights", str(finished / "best.pt"), "--device", "cpu"])
+    with pytest.raises(train.UserError, match="this is a classifier's run, of train.py"):
+        segment.main(seg_arguments(streets, tmp_path / "run", "--resume", finished / "last.pt"))
+    for more, message in ((("--channels", 8), "--channels was 16 and is now 8"),
+                          (("--batch-size", 2), "--batch-size was 4 and is now 2")):
+        with pytest.raises(train.UserError, match=message):
+            segment.main(seg_arguments(streets, segmented, "--resume", "auto", *more))
+    other = tmp_path / "a"
+    other.mkdir()
+    with pytest.raises(train.UserError, match=r"would be written to the same file"):
+        segment.main(["--predict", str(streets / "images/validation/1.jpg"), str(other / "1.jpg"), "--weights",
+                      str(segmented / "best.pt"), "--device", "cpu"])

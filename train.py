@@ -411,15 +411,42 @@ def open_run(args, processes):
 
 def check_arguments(checkpoint, args, say=print):
     """A run goes on with the model, the order of images and the optimizer it has; of other changes the user hears."""
-    machine = {"data", "out", "resume", "weights", "device", "workers", "save_every", "compile", "accum"}
+    machine = {"data", "out", "resume", "weights", "backbone_weights", "device", "workers", "save_every", "compile",
+               "accum"}
     for name, before in checkpoint["args"].items():
         now = getattr(args, name, before)
         if now == before or name in machine:
             continue
         change = f"--{name.replace('_', '-')} was {before} and is now {now}"
-        if name in ("model", "batch_size", "seed", "lr", "betas", "weight_decay"):
+        if name in ("model", "channels", "aux_channels", "batch_size", "seed", "lr", "betas", "weight_decay"):
             raise UserError(f"--resume: {change}; go on with the value it was started with")
         say(f"note: {change}")
+
+
+def check_finite(model, where, out):
+    """A UserError if the weights are lost, so that they are not saved over the last good ones."""
+    if not all(t.isfinite().all() for t in model.state_dict().values()):
+        raise UserError(f"the weights are no longer finite after {where}; {advice(out)}")
+
+
+def check_loss(loss, where, lr, out):
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at {where}, learning rate {lr:.3g}; {advice(out)}")
+
+
+def advice(out):
+    last = out / "last.pt"
+    return (f"{last} was not written over. A lower --lr, a longer --warmup or another --amp may help, in a new run: "
+            f"another --out, and --weights {last} to start from the last weights saved")
+
+
+def check_division(args, processes):
+    """-> images in one process's micro-batch."""
+    parts = processes.count * args.accum
+    if args.batch_size % parts:
+        raise UserError(f"--batch-size {args.batch_size} does not divide by {processes.count} processes x --accum "
+                        f"{args.accum}; expected a multiple of {parts}")
+    return args.batch_size // parts
 
 
 def append_log(path, entry, keep=None):
@@ -454,9 +481,7 @@ def train(args, processes):
     train_data, val_data = open_data(args)
     classes = train_data.classes
     steps_per_epoch = len(train_data) // args.batch_size
-    if args.batch_size % (processes.count * args.accum):
-        raise UserError(f"--batch-size {args.batch_size} does not divide by {processes.count} processes x --accum "
-                        f"{args.accum}; expected a multiple of {processes.count * args.accum}")
+    micro_batch = check_division(args, processes)
     if steps_per_epoch == 0:
         raise UserError(f"{len(train_data)} training images are fewer than one --batch-size of {args.batch_size}; "
                         f"give a smaller one")
@@ -501,7 +526,7 @@ def train(args, processes):
     transform = train_transform(args)
     val_loader = make_loader(
         Seeded(val_data, eval_transform(args.img_size, args.val_resize)),
-        evaluation_batches(len(val_data), args.batch_size // (processes.count * args.accum), processes),
+        evaluation_batches(len(val_data), micro_batch, processes),
         args.workers, device)
 
     def save(name, **more):
@@ -511,8 +536,7 @@ def train(args, processes):
                              "better": better, **more}, out / name)
 
     def save_last():
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise UserError(f"the weights are no longer finite after epoch {epoch + 1}, step {step}; {advice}")
+        check_finite(model, f"epoch {epoch + 1}, step {step}", out)
         save("last.pt", optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), scaler=scaler.state_dict(),
              averaged=int(ema.n_averaged) if ema else 0, loss_sum=loss_sum)
 
@@ -523,8 +547,6 @@ def train(args, processes):
     if checkpoint:
         say(f"resumed at epoch {epoch + 1}, step {step}")
     better = checkpoint["better"] if checkpoint and ema else "model"
-    advice = (f"{out / 'last.pt'} was not written over. A lower --lr, a longer --warmup or another --amp may help, in "
-              f"a new run: another --out, and --weights {out / 'last.pt'} to start from the last weights saved")
     stop = StopSignal()
 
     def leave():
@@ -557,10 +579,7 @@ def train(args, processes):
                 continue
             lr = scheduler.get_last_lr()[0]
             loss_here, stopping = all_sum([loss_here / processes.count, stop.number], device)
-            if not math.isfinite(loss_here):
-                bar.close()
-                raise UserError(f"the loss is {loss_here} at epoch {epoch + 1}, step {step + 1} of {steps_per_epoch}, "
-                                f"learning rate {lr:.3g}; {advice}")
+            check_loss(loss_here, f"epoch {epoch + 1}, step {step + 1} of {steps_per_epoch}", lr, out)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -750,6 +769,12 @@ def build_parser():
     group.add_argument("--ema", type=float, metavar="DECAY", help="moving average of the weights; 0: none "
                                                                   + default("ema"))
     group.add_argument("--seed", type=int, default=0)
+    add_run_arguments(parser)
+    return parser
+
+
+def add_run_arguments(parser):
+    """What both scripts know about the machine and the run."""
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
@@ -761,8 +786,8 @@ def build_parser():
     group = parser.add_argument_group("run")
     group.add_argument("--out", metavar="DIR", help="for log.jsonl, last.pt and best.pt (runs/DATA-MODEL)")
     group.add_argument("--resume", metavar="auto|FILE", help="auto: go on from OUT/last.pt if it is there")
-    group.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="save last.pt within an epoch too")
-    return parser
+    group.add_argument("--save-every", type=int, default=0, metavar="STEPS",
+                       help="save last.pt between validations too")
 
 
 def parse_arguments(argv=None):
@@ -780,28 +805,34 @@ def parse_arguments(argv=None):
     if args.warmup is None:
         args.warmup = args.epochs / 15
     if args.workers is None:
-        args.workers = 0 if args.data is None else min(8, os.cpu_count() or 1)
+        args.workers = default_workers(args)
     if args.out is None:
         args.out = f"runs/{Path(args.data).resolve().name if args.data else 'shapes'}-{args.model}"
 
-    def check(name, good, expected):
+    check(args, ("epochs", "batch_size", "accum"), lambda value: value >= 1, "a whole number of at least 1")
+    check(args, ("workers", "save_every", "lr", "weight_decay", "warmup", "mixup", "cutmix"),
+          lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
+    check(args, ("flip", "erasing"), lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+    check(args, ("drop_path", "ema", "smoothing"), lambda value: 0 <= value < 1, "a number from 0 to below 1")
+    check(args, ["betas"], lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1")
+    check(args, ["crop_scale"], lambda value: 0 < value <= 1, "a share above 0, at most 1")
+    check(args, ["img_size"], lambda value: value is None or value >= 32, "at least 32 pixels")
+    check(args, ["val_resize"], lambda value: value is None or value >= (args.img_size or 32), "at least --img-size")
+    check(args, ["randaug"], lambda value: value[0] >= 0 and 0 <= value[1] <= 30,
+          "OPS of at least 0, MAGNITUDE from 0 to 30")
+    return args
+
+
+def default_workers(args):
+    return 0 if args.data is None else min(8, os.cpu_count() or 1)
+
+
+def check(args, names, good, expected):
+    """A UserError for an argument whose value is not `good`."""
+    for name in names:
         value = getattr(args, name)
         if not good(value):
             raise UserError(f"--{name.replace('_', '-')} {value}: expected {expected}")
-    for name in ("epochs", "batch_size", "accum"):
-        check(name, lambda value: value >= 1, "a whole number of at least 1")
-    for name in ("workers", "save_every", "lr", "weight_decay", "warmup", "mixup", "cutmix"):
-        check(name, lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
-    for name in ("flip", "erasing"):
-        check(name, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
-    for name in ("drop_path", "ema", "smoothing"):
-        check(name, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-    check("betas", lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1")
-    check("crop_scale", lambda value: 0 < value <= 1, "a share above 0, at most 1")
-    check("img_size", lambda value: value is None or value >= 32, "at least 32 pixels")
-    check("val_resize", lambda value: value is None or value >= (args.img_size or 32), "at least --img-size")
-    check("randaug", lambda value: value[0] >= 0 and 0 <= value[1] <= 30, "OPS of at least 0, MAGNITUDE from 0 to 30")
-    return args
 
 
 def run(act):
@@ -809,7 +840,8 @@ def run(act):
     try:
         status = act()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        below_bar = "\n" if sys.stderr.isatty() else ""  # of a progress bar that was not finished
+        print(f"{below_bar}error: {error}", file=sys.stderr, flush=True)
         status = 2
     finally:
         if dist.is_initialized():

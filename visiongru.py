@@ -2,6 +2,7 @@
 
     Yin et al., "VisionGRU: A Linear-Complexity RNN Model for Efficient Image Analysis", arXiv 2412.18178
     Feng et al., "Were RNNs All We Needed?" (minGRU), arXiv 2410.01201
+    Xiao et al., "Unified Perceptual Parsing for Scene Understanding" (UPerNet), arXiv 1807.10221
     Heinsen, "Efficient Parallelization of a Ubiquitous Sequential Computation" (log-space scan), arXiv 2311.06281
 
 Read it from top to bottom; each part uses only what stands above it:
@@ -11,7 +12,8 @@ Read it from top to bottom; each part uses only what stands above it:
     3. GRU2D, one MinGRU over the pixels in raster order and another over them in reverse
     4. Block, Stem, Downsample: what stands around it
     5. VisionGRU, the hierarchy of four stages, and its named sizes
-    6. load_weights, for our checkpoints and those of the paper's authors
+    6. UPerNet, which turns the four stages' maps into a class for every pixel
+    7. load_weights, for our checkpoints and those of the paper's authors
 
 Letters, in the code and in the papers:
 
@@ -19,6 +21,7 @@ Letters, in the code and in the papers:
     T        length of a sequence; for an image T = H W, its pixels row after row (raster order)
     H, W     height and width of a feature map
     C, dim   channels of a feature map (the paper's D at stage 1, then 2D, 4D, 8D)
+    K        classes, of images or of pixels
     E        hidden width of a minGRU, E = expansion * dim
     z        the gate in (0, 1): how much of the new candidate is taken in
     h~       the candidate, always positive
@@ -37,7 +40,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
+from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,7 +375,7 @@ class VisionGRU(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"images are {x.dtype}; expected floating point, scaled and normalised "
                              f"(for bytes: torchvision's to_dtype(x, torch.float32, scale=True), then normalize)")
-        x = self.stem(x.to(self.head.weight.dtype))
+        x = self.stem(x.to(self.stem.conv1.weight.dtype))
         maps = []
         for i, stage in enumerate(self.stages):
             if i > 0:
@@ -405,30 +408,124 @@ def visiongru_base(**kw):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Loading weights
+# 6. UPerNet: semantic segmentation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def resize_to(x, size):
+    """x (B, C, h, w) -> (B, C, *size), bilinear."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class UPerHead(nn.Module):
+    """The decoder of UPerNet (arXiv 1807.10221): the four stages' maps -> logits (B, K, H/4, W/4).
+
+        pyramid pooling   the last map, averaged over grids of 1x1, 2x2, 3x3 and 6x6, sees the scene as a whole
+        top-down path     from the coarsest map to the finest, each is enlarged and added to the next (FPN)
+        fusion            all four, enlarged to the finest one's size, beside one another and convolved
+
+    The layers are named as in mmsegmentation, in which the authors trained theirs.
+    """
+
+    def __init__(self, dims, num_classes, channels=512):
+        super().__init__()
+        def conv(inputs, kernel_size):  # without bias, then BatchNorm and ReLU
+            return Conv2dNormActivation(inputs, channels, kernel_size)
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(grid), conv(dims[-1], 1)) for grid in (1, 2, 3, 6))
+        self.bottleneck = conv(dims[-1] + 4 * channels, 3)
+        self.lateral_convs = nn.ModuleList(conv(dim, 1) for dim in dims[:-1])
+        self.fpn_convs = nn.ModuleList(conv(channels, 3) for _ in dims[:-1])
+        self.fpn_bottleneck = conv(4 * channels, 3)
+        self.dropout = nn.Dropout2d(0.1)
+        self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
+
+    def forward(self, maps):
+        *finer, last = maps
+        pooled = [resize_to(pool(last), last.shape[2:]) for pool in self.psp_modules]
+        pyramid = [self.bottleneck(torch.cat([last, *pooled], dim=1))]
+        for lateral, x in zip(reversed(self.lateral_convs), reversed(finer)):
+            pyramid.insert(0, lateral(x) + resize_to(pyramid[0], x.shape[2:]))
+        pyramid[:-1] = [conv(x) for conv, x in zip(self.fpn_convs, pyramid)]
+        x = self.fpn_bottleneck(torch.cat([resize_to(x, pyramid[0].shape[2:]) for x in pyramid], dim=1))
+        return self.conv_seg(self.dropout(x))
+
+
+class FCNHead(nn.Module):
+    """A second, small classifier of pixels, on one map (B, C, H, W) -> logits (B, K, H, W). Used in training only."""
+
+    def __init__(self, dim, num_classes, channels=256):
+        super().__init__()
+        self.convs = nn.Sequential(Conv2dNormActivation(dim, channels, 3))
+        self.dropout = nn.Dropout2d(0.1)
+        self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
+
+    def forward(self, x):
+        return self.conv_seg(self.dropout(self.convs(x)))
+
+
+class UPerNet(nn.Module):
+    """UPerNet on VisionGRU, with an auxiliary FCN head on stage 3, as the paper segments ADE20K.
+
+    Args:
+        backbone: a VisionGRU. It becomes a part of this model and loses its classifier, which has no use here.
+        num_classes: K, the classes that a pixel may have.
+        channels: width of the decoder.
+        aux_channels: width of the auxiliary head.
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    def __init__(self, backbone, num_classes, channels=512, aux_channels=256):
+        super().__init__()
+        for name, value in ("num_classes", num_classes), ("channels", channels), ("aux_channels", aux_channels):
+            if value != int(value) or value < 1:
+                raise ValueError(f"{name} is {value}; expected a whole number of at least 1")
+        self.num_classes = num_classes
+        backbone.head = nn.Identity()
+        self.backbone = backbone
+        self.decode_head = UPerHead(backbone.dims, num_classes, channels)
+        self.auxiliary_head = FCNHead(backbone.dims[2], num_classes, aux_channels)
+
+    def forward(self, x):
+        """x (B, 3, H, W) -> logits (B, K, H, W); in training a pair of such, the second from the auxiliary head.
+
+        Sizes, types and errors as for `VisionGRU.features`. In training the batch must hold two images or more: the
+        coarsest pooling leaves one number per image and channel, of which BatchNorm takes the variance.
+        """
+        maps = self.backbone.features(x)
+        logits = resize_to(self.decode_head(maps), x.shape[2:])
+        if not self.training:
+            return logits
+        return logits, resize_to(self.auxiliary_head(maps[2]), x.shape[2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Loading weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 # The release's names, on the left, and ours. min_gru_1 reads forward; to_hidden_and_gate has the candidate's rows
 # first, as our in_proj has.
 _RELEASE_NAMES = [
-    (r"^tokenizer\.", "stem."),
-    (r"^snake_gru\.layers\.(\d+)\.(\d+)\.", r"stages.\1.\2."),
+    (r"\btokenizer\.", "stem."),
+    (r"\bsnake_gru\.layers\.", "stages."),
     (r"\.min_gru_1\.", ".gru.left."),
     (r"\.min_gru_2\.", ".gru.right."),
     (r"\.to_hidden_and_gate\.", ".in_proj."),
     (r"\.to_out\.", ".out_proj."),
-    (r"^(stages\.\d+\.\d+)\.norm\.", r"\1.norm1."),
+    (r"\b(stages\.\d+\.\d+)\.norm\.", r"\1.norm1."),
     (r"\.dw_conv\.", ".dwconv."),
     (r"\.projection1\.", ".ffn.0."),
     (r"\.projection2\.", ".ffn.2."),
-    (r"^snake_gru\.(conv|norm)([123])\.", lambda m: f"downsamples.{int(m[2]) - 1}.{m[1]}."),
-    (r"^fc\.", "head."),
+    (r"\bsnake_gru\.(conv|norm)([123])\.", lambda m: f"downsamples.{int(m[2]) - 1}.{m[1]}."),
+    (r"\bfc\.", "head."),
+    (r"^(decode_head|auxiliary_head)\.(.+)\.conv\.", r"\1.\2.0."),
+    (r"^(decode_head|auxiliary_head)\.(.+)\.bn\.", r"\1.\2.1."),
 ]
 
 
 def _our_name(key):
     """A parameter's name in a checkpoint of ours or of the release, with any wrapper's prefix -> its name here."""
-    key = re.sub(r"^(module\.|_orig_mod\.|vig\.|backbone\.vig\.)+", "", key)
+    key = re.sub(r"\b(module|_orig_mod|vig)\.", "", key)
     for pattern, ours in _RELEASE_NAMES:
         key = re.sub(pattern, ours, key)
     return key
@@ -452,7 +549,10 @@ def named_weights(source, name="the state dict"):
     if not isinstance(source, dict) or not all(isinstance(key, str) for key in source) \
             or not any(isinstance(value, Tensor) for value in source.values()):
         raise ValueError(f"{name} holds no weights; expected a dict of parameter names and tensors")
-    return {_our_name(key): value for key, value in source.items() if key != "n_averaged"}  # AveragedModel's counter
+    weights = {_our_name(key): value for key, value in source.items() if key != "n_averaged"}  # AveragedModel's counter
+    if all(key.startswith("backbone.") for key in weights):  # a wrapper's prefix too, unless a decoder stands beside it
+        weights = {key.removeprefix("backbone."): value for key, value in weights.items()}
+    return weights
 
 
 def load_weights(model, source):
@@ -462,10 +562,11 @@ def load_weights(model, source):
         model: a model of this file.
         source: a path, or what `torch.load` returned for it: a state dict of ours or of the authors' release (with or
             without the prefixes `module.`, `_orig_mod.`, `vig.` and `backbone.vig.` that wrappers put before the
-            names), or a checkpoint of train.py, of which the better of model and moving average is taken. For a choice
-            of your own pass `torch.load(path)["model"]` or `["ema"]`.
+            names), or a checkpoint of train.py or segment.py, of which the better of model and moving average is
+            taken. For a choice of your own pass `torch.load(path)["model"]` or `["ema"]`.
 
-    A classifier for another number of classes is left at its initial values, with a warning: that is fine-tuning.
+    A classifier for another number of classes is left at its initial values, with a warning: that is fine-tuning. Of a
+    segmentation model's weights a VisionGRU takes the backbone; a UPerNet's `.backbone` takes a classifier's weights.
 
     Raises:
         ValueError: `source` holds no weights, or they do not fit: the message lists what is missing, unexpected and
@@ -482,14 +583,21 @@ def load_weights(model, source):
                              f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     else:
         name = "the state dict"
-    found = named_weights(source, name)
-    expected = model.state_dict()
-    head = {"head.weight", "head.bias"}
-    if head <= found.keys() & expected.keys() and found["head.weight"].shape != expected["head.weight"].shape \
-            and found["head.weight"].shape[1:] == expected["head.weight"].shape[1:]:
-        warnings.warn(f"{name} has a classifier for {len(found['head.weight'])} classes and the model one for "
-                      f"{len(expected['head.weight'])}: it is left at its initial values", stacklevel=2)
-        found.update({key: expected[key] for key in head})  # so that what follows finds nothing wrong with it
+    found, expected = named_weights(source, name), model.state_dict()
+    if "stem.conv1.weight" in expected and "backbone.stem.conv1.weight" in found:  # a segmentation model's backbone
+        found = {key.removeprefix("backbone."): value for key, value in found.items() if key.startswith("backbone.")}
+        found = {**{key: expected[key] for key in expected if key.startswith("head.")}, **found}
+    elif "backbone.stem.conv1.weight" in expected and "stem.conv1.weight" in found:
+        raise ValueError(f"{name} has no decoder; to start from its backbone: load_weights(model.backbone, ...)")
+    for head in "head", "backbone.head":  # a segmentation model has no classifier of images
+        if f"{head}.weight" not in expected:
+            found = {key: value for key, value in found.items() if not key.startswith(f"{head}.")}
+    for head in "head", "decode_head.conv_seg", "auxiliary_head.conv_seg":
+        new, old = expected.get(f"{head}.weight"), found.get(f"{head}.weight")
+        if new is not None and getattr(old, "ndim", 0) and new.shape != old.shape and new.shape[1:] == old.shape[1:]:
+            warnings.warn(f"{name} has a classifier for {len(old)} classes and the model one for {len(new)}: {head} "
+                          f"is left at its initial values", stacklevel=2)
+            found.update({key: expected[key] for key in expected if key.startswith(f"{head}.")})  # so that all fits
 
     def listed(title, keys):
         return [f"{title}: {', '.join(keys)}"] if keys else []
