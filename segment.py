@@ -48,7 +48,7 @@ IGNORE = 255  # in the masks that the data sets below give: a pixel that is neit
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Scenes(Dataset):
-    """Two to four textured shapes on a textured ground, one over the other. Drawn when asked for, never stored.
+    """One to three textured shapes on a textured ground, one over the other. Drawn when asked for, never stored.
 
     Item i is (PIL image, mask (size, size) uint8) and depends on (split, seed, i) alone. Class 0 is the ground.
     """
@@ -63,7 +63,7 @@ class Scenes(Dataset):
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(random_seed(self.seed, "scene", self.split, index))
-        count = int(torch.randint(2, 5, (), generator=generator))
+        count = int(torch.randint(1, 4, (), generator=generator))
         shapes = torch.randint(len(SHAPES), (count,), generator=generator).tolist()
         image, mask = common.draw_scene(shapes, self.size, generator)
         return v2.functional.to_pil_image(image), mask
@@ -248,8 +248,8 @@ def class_logits(model, image, dtype=None, window=None):
         count = image.new_zeros(image.shape[2:])
         for top in starts(image.shape[2]):
             for left in starts(image.shape[3]):
-                part = slice(top, top + window), slice(left, left + window)
-                total[:, *part] += model(image[:, :, *part])[0]
+                part = (..., slice(top, top + window), slice(left, left + window))
+                total[part] += model(image[part])[0]
                 count[part] += 1
     return (total / count)[:, :height, :width]
 
@@ -279,7 +279,10 @@ def evaluate(model, loader, device, dtype=None, window=None):
         predicted = label_map(class_logits(model, image, dtype, window), mask.shape)
         known = mask != IGNORE
         confusion += torch.bincount(mask[known] * K + predicted[known], minlength=K * K)
-    return torch.tensor(common.all_sum(confusion.tolist(), device), dtype=torch.float64).view(K, K)
+    confusion = torch.tensor(common.all_sum(confusion.tolist(), device), dtype=torch.float64).view(K, K)
+    if confusion.sum() == 0:
+        raise UserError("the validation set has no pixel with a label that is not ignored; there is nothing to score")
+    return confusion
 
 
 def scores(confusion):
@@ -606,7 +609,7 @@ def predict(args, processes):
     transform = eval_transform(settings["short_side"], settings["mean"], settings["std"])
     unread = 0
     mine = list(stems.items())[processes.rank::processes.count]
-    for stem, path in tqdm(mine, unit="image", leave=False, disable=None):
+    for stem, path in tqdm(mine, unit="image", leave=False, disable=None if processes.rank == 0 else True):
         try:
             image = common.read_image(path)
         except UserError as error:

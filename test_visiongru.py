@@ -1222,6 +1222,8 @@ def test_evaluation_counts_each_known_pixel_once_at_the_label_maps_size():
     item = torch.stack([seen.float()] * 3)[None], mask[None]
     confusion = segment.evaluate(Oracle(), [item, item], torch.device("cpu"))
     assert confusion.sum() == 2 * 36 * 50 and confusion.sum() - confusion.diag().sum() == 20
+    with pytest.raises(train.UserError, match="no pixel with a label"):
+        segment.evaluate(Oracle(), [(item[0], item[1] * 0 + 255)], torch.device("cpu"))
     large = mask.repeat_interleave(3, 0).repeat_interleave(3, 1)  # a label map of thrice the image's size
     assert segment.evaluate(Oracle(), [(item[0], large[None])], torch.device("cpu")).sum() == 9 * 36 * 50
 
