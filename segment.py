@@ -40,6 +40,7 @@ import train as common
 import visiongru
 from train import MEAN, MODELS, SHAPES, STD, UserError, random_seed
 
+LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".pgm")  # for label maps: JPEG would make other labels of them
 IGNORE = 255  # in the masks that the data sets below give: a pixel that is neither learned nor scored
 
 
@@ -78,7 +79,8 @@ class LabelledImages(Dataset):
 
     def __init__(self, root, split, classes, zero_is_ignore, ignore_label):
         self.classes, self.zero_is_ignore, self.ignore_label = classes, zero_is_ignore, ignore_label
-        images, masks = (self.by_stem(Path(root, kind, split)) for kind in ("images", "annotations"))
+        images = self.by_stem(Path(root, "images", split), IMG_EXTENSIONS)
+        masks = self.by_stem(Path(root, "annotations", split), LOSSLESS)
         if not images:
             raise UserError(f"{Path(root, 'images', split)} has no images in it")
         missing = sorted(images.keys() - masks.keys())
@@ -89,14 +91,14 @@ class LabelledImages(Dataset):
         self.items = [(images[stem], masks[stem]) for stem in sorted(images)]
 
     @staticmethod
-    def by_stem(folder):
-        """The image files of a folder by their names without extension."""
+    def by_stem(folder, extensions):
+        """The files of a folder that end so, by their names without the end."""
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; expected images/{{training,validation}} and "
                             f"annotations/{{training,validation}} in --data")
         files = {}
         for path in sorted(folder.iterdir()):
-            if path.suffix.lower() in IMG_EXTENSIONS and files.setdefault(path.stem, path) != path:
+            if path.suffix.lower() in extensions and files.setdefault(path.stem, path) != path:
                 raise UserError(f"{files[path.stem]} and {path.name} have the same name; which of the two is meant?")
         return files
 
@@ -133,48 +135,71 @@ class LabelledImages(Dataset):
         return mask.to(torch.uint8)
 
 
-def class_names(args):
-    """The names of the classes of --data: from its files, or made from --num-classes."""
+def class_names(args, known=None):
+    """The names of the classes of --data: from its files, or those `known` from a checkpoint, or --num-classes many."""
     root = Path(args.data)
     if not root.is_dir():
         raise UserError(f"--data {root}: no such folder")
-    plain, ade20k = root / "classes.txt", root / "objectInfo150.txt"
-    names, source = None, plain if plain.exists() else ade20k
-    if plain.exists():
-        names = [line.strip() for line in plain.read_text(encoding="utf-8").splitlines() if line.strip()]
-    elif ade20k.exists():  # Idx, Ratio, Train, Val, (Stuff,) Name between tabs, under a line that says so
-        names = [line.split("\t")[-1].strip() for line in ade20k.read_text().splitlines()[1:] if line.strip()]
-    if names is None and args.num_classes is None:
-        raise UserError(f"--data {root}: how many classes are there? Give their names, one in a line, in {plain}, or "
-                        f"--num-classes")
-    if names is None:
-        return [f"label {k + args.zero_is_ignore}" for k in range(args.num_classes)]
-    if args.num_classes not in (None, len(names)):
-        raise UserError(f"--num-classes {args.num_classes}: {source} names {len(names)}")
-    if not 1 <= len(names) < IGNORE or len(set(names)) < len(names):
-        raise UserError(f"{source} has {len(names)} names, {len(set(names))} of them different; expected 1 to "
+    source = next((path for path in (root / "classes.txt", root / "objectInfo150.txt") if path.exists()), None)
+    if source is None and known:
+        return known
+    if source is None and args.num_classes is None:
+        raise UserError(f"--data {root}: how many classes are there? Give their names, one in a line, in "
+                        f"{root / 'classes.txt'}, or --num-classes")
+    if source is None:
+        return label_names(args.num_classes, args.zero_is_ignore)
+    try:
+        lines = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {source} as text in UTF-8: {error}") from None
+    if source.name == "objectInfo150.txt":  # Idx, Ratio, Train, Val, (Stuff,) Name between tabs, after a title line
+        lines = [line.split("\t")[-1].strip() for line in lines[1:]]
+    if args.num_classes not in (None, len(lines)):
+        raise UserError(f"--num-classes {args.num_classes}: {source} names {len(lines)}")
+    if not 1 <= len(lines) < IGNORE or len(set(lines)) < len(lines):
+        raise UserError(f"{source} has {len(lines)} names, {len(set(lines))} of them different; expected 1 to "
                         f"{IGNORE - 1}, all different")
-    return names
+    return lines
 
 
-def open_data(args, splits=("training", "validation")):
+def label_names(count, zero_is_ignore):
+    return [f"label {k + int(zero_is_ignore)}" for k in range(count)]
+
+
+def open_data(args, splits=("training", "validation"), known=None):
     """The data sets of `splits` in that order, with the same `classes`."""
     if args.data is None:
         return [Scenes(split, {"training": 20_000, "validation": 300}[split]) for split in splits]
-    classes = class_names(args)
+    classes = class_names(args, known)
     return [LabelledImages(args.data, split, classes, args.zero_is_ignore, args.ignore_label) for split in splits]
+
+
+class ShorterSide(v2.Transform):
+    """Resize to a shorter side between `low` and `high` pixels, by chance, and a longer one of at most 4 times that."""
+
+    def __init__(self, low, high):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs):
+        height, width = v2.query_size(flat_inputs)
+        short = self.low + (self.high - self.low) * torch.rand(()).item()
+        scale = min(short / min(height, width), 4 * short / max(height, width))
+        return {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
+
+    def transform(self, inpt, params):
+        return v2.functional.resize(inpt, params["size"])  # bilinear; of a Mask the nearest pixel
 
 
 class TrainTransform:
     """The recipe's augmentation: PIL image, mask (H, W) -> (3, S, S) float32 normalised, (S, S) uint8.
 
-    Resize so that the shorter side is --short-side times a number from --scale; crop --crop-size, the border filled up
-    with IGNORE; flip; distort the colours.
+    Resize so that the shorter side is --short-side times a number from --scale; crop --crop-size, where that is larger
+    than the image with a border of the mean colour and IGNORE; flip; distort the colours.
     """
 
     def __init__(self, args):
-        low, high = (max(1, round(args.short_side * scale)) for scale in args.scale)
-        self.resize = v2.RandomShortestSize(list(range(low, high + 1)), max_size=4 * high)
+        self.resize = ShorterSide(*(args.short_side * scale for scale in args.scale))
         self.crop = v2.RandomCrop(args.crop_size, pad_if_needed=True,
                                   fill={tv_tensors.Mask: IGNORE, "others": tuple(round(255 * m) for m in MEAN)})
         # Each of the four at even odds, as far as at strength 1: a factor of 1 +- strength, the hue +- strength turns.
@@ -199,9 +224,9 @@ class TrainTransform:
 
 
 def eval_transform(short_side, mean=MEAN, std=STD):
-    """The whole image, its shorter side of `short_side` pixels, normalised. A mask beside it stays as it is."""
-    return v2.Compose([v2.Resize(short_side, max_size=4 * short_side), v2.ToImage(),
-                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()])
+    """The whole image, resized as by `ShorterSide`, normalised. A mask beside it, a plain tensor, stays as it is."""
+    return v2.Compose([ShorterSide(short_side, short_side), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                       v2.Normalize(mean, std), v2.ToPureTensor()])
 
 
 class Shuffled(Dataset):
@@ -271,6 +296,7 @@ def label_map(logits, size):
 def evaluate(model, loader, device, dtype=None, window=None):
     """Exact over all processes: the pixels of class i that were taken for class j, (K, K), at each label map's size."""
     model.eval()
+    torch.backends.cudnn.benchmark = False  # images come in many sizes, and it would try all algorithms for each
     K = model.num_classes
     confusion = torch.zeros(K * K, dtype=torch.int64, device=device)
     for image, mask in loader:
@@ -363,12 +389,7 @@ def train(args, processes):
     if checkpoint:
         if "decode_head.conv_seg.weight" not in checkpoint["model"]:
             raise UserError(f"--resume {args.resume}: this is a classifier's run, of train.py")
-        common.check_classes(checkpoint, classes, args.resume)
-        before = checkpoint["settings"]["train_images"]
-        if before != len(train_data):
-            raise UserError(f"--resume: the run was started on {before} training images and there are now "
-                            f"{len(train_data)}; to go on with other data, begin a new run with --weights")
-        common.check_arguments(checkpoint, args, say)
+        common.check_resumed(checkpoint, classes, len(train_data), args, say)
 
     # Model, optimizer, schedule.
     torch.manual_seed(args.seed)
@@ -430,6 +451,7 @@ def train(args, processes):
         batches = training_batches(step, max(step, until), args.batch_size, args.accum, processes)
         loader = common.make_loader(stream, batches, args.workers, device)
         network.train()
+        torch.backends.cudnn.benchmark = True
         began, first, rate = time.perf_counter(), step, 0.0
         bar = tqdm(total=args.iters, initial=step, unit="step", leave=False, dynamic_ncols=True,
                    disable=None if main else True)
@@ -494,9 +516,9 @@ def train(args, processes):
             return leave()
 
     if result:
-        say(score_table(result, classes))
+        say(f"class by class after step {step}:\n{score_table(result, classes)}")
     say(f"done: {out / 'best.pt'} has mIoU {best:.2f}. To evaluate it:\n  python segment.py --eval --weights "
-        f"{out / 'best.pt'}" + (f" --data {args.data}" if args.data else ""))
+        f"{out / 'best.pt'}" + (f" --data {args.data}" if args.data else "") + (" --slide" if args.slide else ""))
     return 0
 
 
@@ -530,9 +552,7 @@ def model_from_checkpoint(args):
 
 def evaluate_checkpoint(args, processes):
     model, settings, checkpoint = model_from_checkpoint(args)
-    if args.num_classes is None and settings["classes"] is None:
-        args.num_classes = model.num_classes
-    data, = open_data(args, ["validation"])
+    data, = open_data(args, ["validation"], settings["classes"] or label_names(model.num_classes, args.zero_is_ignore))
     common.check_classes(checkpoint, data.classes, args.weights)
     if model.num_classes != len(data.classes):
         raise UserError(f"{args.weights} has {model.num_classes} classes and the data has {len(data.classes)}")
@@ -592,8 +612,7 @@ def predict(args, processes):
     A picture that cannot be read is reported, and the others done all the same."""
     model, settings, _ = model_from_checkpoint(args)
     first = int(settings["zero_is_ignore"])
-    classes = settings["classes"] or [f"label {k + first}" for k in range(model.num_classes)]
-    names = dict(enumerate(classes, start=first))
+    names = dict(enumerate(settings["classes"] or label_names(model.num_classes, first), start=first))
     stems = {}
     for path in map(Path, args.predict):
         if stems.setdefault(path.stem, path) != path:
@@ -605,6 +624,7 @@ def predict(args, processes):
     except OSError as error:
         raise UserError(f"--out {out}: cannot make this folder: {error.strerror}") from None
     model.to(processes.device, memory_format=torch.channels_last)
+    torch.backends.cudnn.benchmark = False
     dtype, _ = common.precision(args.amp, processes.device)
     transform = eval_transform(settings["short_side"], settings["mean"], settings["std"])
     unread = 0
@@ -621,8 +641,11 @@ def predict(args, processes):
         labels = label_map(logits, (image.height, image.width)) + first
         labels = v2.functional.to_pil_image(labels.to("cpu", torch.uint8)).convert("P")
         labels.putpalette(palette(first))
-        labels.save(out / f"{stem}_labels.png")
-        overlay(image, labels, names).save(out / f"{stem}_overlay.png")
+        try:
+            labels.save(out / f"{stem}_labels.png")
+            overlay(image, labels, names).save(out / f"{stem}_overlay.png")
+        except OSError as error:
+            raise UserError(f"cannot write the prediction for {path} to {out}: {error.strerror or error}") from None
     unread, done = common.all_sum([unread, len(mine) - unread], processes.device)
     if processes.rank == 0:
         print(f"{done:.0f} label maps (NAME_labels.png) and overlays (NAME_overlay.png) are in {out}")
@@ -646,7 +669,7 @@ def build_parser():
     def default(name):
         return f"({RECIPE[name]}; built-in scenes: {BUILT_IN[name]})".replace("[", "").replace("]", "").replace(",", "")
 
-    group = parser.add_argument_group("what to do (default: train)")
+    group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
     group.add_argument("--eval", action="store_true", help="validate the checkpoint --weights")
     group.add_argument("--predict", nargs="+", metavar="IMAGE", help="write label maps and overlays of image files")
     group = parser.add_argument_group("data and model")
@@ -674,8 +697,8 @@ def build_parser():
     group.add_argument("--warmup", type=int, metavar="STEPS", help=default("warmup"))
     group.add_argument("--drop-path", type=float, default=0.0, metavar="P", help="stochastic depth (0)")
     group.add_argument("--short-side", type=int, metavar="PX",
-                       help="images are resized to this shorter side, their longer one to at most 4 times that "
-                            "(crop-size)")
+                       help="images are resized to this shorter side, or less if the longer one would be more than 4 "
+                            "times that (crop-size)")
     group.add_argument("--scale", type=float, nargs=2, metavar=("LOW", "HIGH"),
                        help="for training, times a number between these " + default("scale"))
     group.add_argument("--crop-size", type=int, metavar="PX",
@@ -697,6 +720,9 @@ def parse_arguments(argv=None):
     given = parser.parse_args(argv)
     parser.set_defaults(**(BUILT_IN if given.data is None else RECIPE))
     args = parser.parse_args(argv)
+    for name in "num_classes", "zero_is_ignore", "ignore_label":
+        if getattr(given, name) is not None and (given.data is None and not given.predict):
+            raise UserError(f"--{name.replace('_', '-')} says how the labels of --data are read; there is no --data")
     if args.eval or args.predict:  # what is not given comes from the checkpoint
         args.model, args.crop_size, args.short_side = given.model or "tiny", given.crop_size, given.short_side
     else:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -908,7 +909,20 @@ def test_data_with_other_classes_than_the_checkpoints_is_refused(finished, tmp_p
         train.main(arguments(grown, finished, "--drop-path", 0.2, "--resume", "auto"))
 
 
+def test_images_are_read_upright(tmp_path):
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (0, 0, 40, 10))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # the camera was turned: what is stored at the left is to be shown above
+    picture.save(tmp_path / "turned.png", exif=exif)
+    upright = train.read_image(tmp_path / "turned.png")
+    assert upright.size == (20, 40) and upright.getpixel((15, 0)) == (0, 0, 255)
+
+
 def test_checkpoints_that_are_none_are_named(tmp_path, pictures):
+    torch.save({"state_dict": {}, "history": Given()}, tmp_path / "objects.pth")
+    with pytest.raises(train.UserError, match="holds Python objects beside the tensors.*keep the tensors alone"):
+        train.main(["--predict", "x.png", "--weights", str(tmp_path / "objects.pth"), "--device", "cpu"])
     (tmp_path / "noise.pt").write_bytes(b"noise")
     with pytest.raises(train.UserError, match="noise.pt is not a checkpoint, or a damaged one"):
         train.main(["--predict", "x.png", "--weights", str(tmp_path / "noise.pt"), "--device", "cpu"])
@@ -1105,7 +1119,7 @@ def test_every_other_fault_of_the_data_is_named_too(tmp_path):
     (tmp_path / "annotations/training/a.png").write_bytes(b"no picture")
     with pytest.raises(train.UserError, match="cannot read the label map .*a.png"):
         data()[0]
-    (tmp_path / "annotations/training/a.png").unlink()
+    (tmp_path / "annotations/training/a.png").rename(tmp_path / "annotations/training/a.jpg")  # its labels are blurred
     with pytest.raises(train.UserError, match="a.jpg has no label map; expected .*annotations/training/a.png$"):
         data()
     (tmp_path / "images/training/a.png").write_bytes(b"")
@@ -1133,6 +1147,11 @@ def test_class_names_come_from_the_folder_or_are_counted(tmp_path):
         names("--num-classes", "2")
     (tmp_path / "classes.txt").write_text("sky\nsky\n")
     with pytest.raises(train.UserError, match="2 names, 1 of them different"):
+        names()
+    (tmp_path / "classes.txt").write_text("\ufeffciel\n\u00e9tang\n", encoding="utf-8")  # as Windows' editor saves it
+    assert names() == ["ciel", "\u00e9tang"]
+    (tmp_path / "classes.txt").write_bytes(b"sky\xff")
+    with pytest.raises(train.UserError, match="cannot read .*classes.txt as text in UTF-8"):
         names()
 
 
@@ -1185,6 +1204,26 @@ def test_small_images_are_filled_up_with_ignore_and_scales_keep_masks_whole_numb
         assert type(x) is type(y) is torch.Tensor
     x, y = segment.eval_transform(40)(image, mask)
     assert x.shape == (3, 40, 40) and y is mask  # the score is taken at the label map's own size
+
+
+@pytest.mark.parametrize("size, short, expected", [
+    ((683, 512), 512, (512, 683)), ((480, 360), 512, (512, 683)), ((5000, 1000), 512, (410, 2048)),
+    ((3000, 1), 64, (1, 256)), ((1, 3000), 64, (256, 1)), ((1, 1), 64, (64, 64))])
+def test_the_shorter_side_is_as_asked_and_the_longer_at_most_four_times_that(size, short, expected):
+    assert segment.eval_transform(short)(Image.new("RGB", size)).shape[1:] == expected
+
+
+def test_the_shorter_side_varies_between_its_bounds():
+    transform = segment.ShorterSide(20, 40)
+    sides = [min(transform(Image.new("RGB", (50, 70))).size) for _ in range(200)]
+    assert min(sides) in (20, 21) and max(sides) in (39, 40) and 28 < sum(sides) / 200 < 32
+
+
+def test_image_and_mask_are_flipped_together():
+    mask = (torch.arange(32) < 10).to(torch.uint8).expand(32, 32).contiguous()
+    x, y = segment.TrainTransform(crop_arguments("--flip", 1))(
+        v2.functional.to_pil_image(mask[None].expand(3, -1, -1) * 200), mask)
+    assert torch.equal(y, mask.flip(1)) and torch.equal(x[0] > 0, y == 1)
 
 
 def test_scores_of_a_confusion_matrix_worked_out_by_hand():
@@ -1262,10 +1301,10 @@ def test_the_segmentation_recipe_is_the_papers():
     decayed, free = segment.parameter_groups(model, 0.01)
     assert decayed["weight_decay"] == 0.01 and free["weight_decay"] == 0
     assert len(decayed["params"]) + len(free["params"]) == len(list(model.parameters()))
-    names = {id(p): name for name, p in model.named_parameters()}
-    for p in free["params"]:
-        assert ".norm" in names[id(p)] or ".1." in names[id(p)]
-    assert all("norm" not in names[id(p)] for p in decayed["params"])
+    norms = {f"{name}.{kind}" for name, module in model.named_modules() for kind in ("weight", "bias")
+             if type(module).__name__ in ("LayerNorm", "BatchNorm2d")}
+    assert {name for name, p in model.named_parameters() if any(p is q for q in free["params"])} == norms
+    assert len(norms) == 2 * (2 * 5 + 2 + 3 + 10)  # of five blocks, the stem, the downsamplings and the two heads
 
 
 def test_the_loss_is_a_mean_over_all_pixels_and_none_of_a_crop_without_labels():
@@ -1316,6 +1355,22 @@ def streets(tmp_path_factory):
             Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / "images" / split / f"{i}.jpg", quality=95)
     (root / "classes.txt").write_text("red\ngreen\nblue\n")
     return root
+
+
+def test_the_command_that_a_run_ends_with_works_as_printed(streets, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(streets, data)
+    (data / "classes.txt").unlink()
+    assert segment.main(seg_arguments(data, tmp_path / "run", "--iters", 1, "--num-classes", 3, "--slide")) == 0
+    printed = capsys.readouterr().out
+    words = printed.splitlines()[-1].split()[2:]
+    assert words[0] == "--eval" and words[-1] == "--slide" and segment.main([*words, "--device", "cpu"]) == 0
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["best"]
+    evaluated = capsys.readouterr().out
+    assert f"has mIoU {best:.2f}" in printed and f"mIoU {best:.2f}" in evaluated and "label 3" in evaluated
+    (data / "classes.txt").write_text("red\ngreen\ngrey\n")
+    with pytest.raises(train.UserError, match="'label 1' where the data has 'red'"):
+        segment.main([*words, "--device", "cpu"])
 
 
 def seg_arguments(data, out, *more):
@@ -1383,20 +1438,21 @@ def test_validation_of_an_odd_number_of_images_by_two_processes_is_that_by_one(s
 
 
 def test_two_processes_train_and_all_validate_the_model_that_is_saved(streets, tmp_path):
-    process = script(*seg_arguments(streets, tmp_path / "run", "--accum", 1, "--slide"), name="segment.py",
-                     launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
-    out, err = process.communicate(timeout=100)
+    out = tmp_path / "run"
+    process = script(*seg_arguments(streets, out, "--batch-size", 8, "--accum", 2, "--slide", "--lr", 0.01),
+                     name="segment.py", launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
+    printed, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
-    assert out.count("step      3/6") == 1
-    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["best"]
-    process = script("--eval", "--slide", "--weights", str(tmp_path / "run" / "best.pt"), "--data", str(streets),
-                     "--device", "cpu", name="segment.py")
-    out, err = process.communicate(timeout=100)
-    assert f"mIoU {best:.2f}" in out, err
+    assert printed.count("step      3/6") == 1
+    last = torch.load(out / "last.pt", weights_only=True)
+    process = script("--eval", "--slide", "--weights", str(out / "last.pt"), "--data", str(streets), "--device", "cpu",
+                     name="segment.py")
+    evaluated, err = process.communicate(timeout=100)
+    assert last["step"] == 6 and f"{segment.summary(history(out)[-1])} on 5 images" in evaluated, err
 
 
 def test_segmentation_learns(streets, tmp_path):
-    words = seg_arguments(streets, tmp_path / "run", "--iters", 40, "--eval-every", 40, "--distort", 0, "--accum", 2,
+    words = seg_arguments(streets, tmp_path / "run", "--iters", 80, "--eval-every", 80, "--distort", 0, "--accum", 2,
                           "--save-every", 7, "--lr", 3e-3)
     assert segment.main(words) == 0
     assert history(tmp_path / "run")[-1]["miou"] > 80
@@ -1415,7 +1471,7 @@ def test_segmentation_trains_in_mixed_precision_from_a_classifiers_weights(amp, 
 
 def test_pictures_of_any_size_become_label_maps_and_overlays(segmented, tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    sizes = {"wide": (300, 8), "tiny": (1, 1), "photo": (131, 97), "grey": (50, 60)}
+    sizes = {"thin": (900, 1), "wide": (300, 8), "tiny": (1, 1), "photo": (131, 97), "grey": (50, 60)}
     for name, size in sizes.items():
         Image.new("L" if name == "grey" else "RGB", size, 120).save(tmp_path / "in" / f"{name}.png")
     images = [str(tmp_path / "in" / f"{name}.png") for name in sizes]
@@ -1423,7 +1479,7 @@ def test_pictures_of_any_size_become_label_maps_and_overlays(segmented, tmp_path
              "--device", "cpu"]
     for more in ([], ["--slide"]):
         assert segment.main([*words, *more]) == 0
-        assert "4 label maps" in capsys.readouterr().out
+        assert "5 label maps" in capsys.readouterr().out
         for name, size in sizes.items():
             with Image.open(tmp_path / "out" / f"{name}_labels.png") as labels:
                 assert labels.mode == "P" and labels.size == size
@@ -1466,6 +1522,7 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(segmented, stree
     (("--batch-size", 4, "--accum", 4), "one image at a time; BatchNorm needs two"),
     (("--batch-size", 4, "--accum", 3), "expected a multiple of 3"),
     (("--weights", "a", "--backbone-weights", "b"), "give one of the two"),
+    (("--distort", 3), "--distort 3.0: expected a number from 0 to 2"),
     (("--backbone-weights", "absent.pt"), "cannot open the checkpoint absent.pt"),
 ])
 def test_segmentation_arguments_that_make_no_sense_are_refused(more, message, streets, tmp_path):
@@ -1479,9 +1536,16 @@ def test_segmentation_checkpoints_that_do_not_fit_are_refused(segmented, finishe
     with pytest.raises(train.UserError, match="this is a classifier's run, of train.py"):
         segment.main(seg_arguments(streets, tmp_path / "run", "--resume", finished / "last.pt"))
     for more, message in ((("--channels", 8), "--channels was 16 and is now 8"),
+                          (("--no-zero-is-ignore",), "--zero-is-ignore was True and is now False"),
+                          (("--ignore-label", 9), "--ignore-label was 255 and is now 9"),
                           (("--batch-size", 2), "--batch-size was 4 and is now 2")):
         with pytest.raises(train.UserError, match=message):
             segment.main(seg_arguments(streets, segmented, "--resume", "auto", *more))
+    with pytest.raises(train.UserError, match="no decoder; to start from its backbone: --backbone-weights"):
+        segment.main(seg_arguments(streets, tmp_path / "run", "--weights", finished / "best.pt"))
+    for words in (["--num-classes", "3"], ["--zero-is-ignore"], ["--ignore-label", "0"]):
+        with pytest.raises(train.UserError, match="there is no --data"):
+            segment.parse_arguments(words)
     other = tmp_path / "a"
     other.mkdir()
     with pytest.raises(train.UserError, match=r"would be written to the same file"):

@@ -31,11 +31,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -141,9 +141,10 @@ class Shapes(Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def read_image(path):
-    """An image file as RGB, or a UserError that names it."""
+    """An image file as RGB, upright as its EXIF data say, or a UserError that names it."""
     try:
-        return default_loader(path)
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:
         raise UserError(f"cannot read the image {path}: {error}") from None
 
@@ -364,8 +365,7 @@ def load_checkpoint(path):
     except OSError as error:
         raise UserError(f"cannot open the checkpoint {path}: {error.strerror}") from None
     except Exception as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a checkpoint, or a damaged one: {cause}") from None
+        raise UserError(f"{path} is not a checkpoint, or a damaged one: {visiongru.why_unread(error)}") from None
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}; expected a checkpoint or a state dict")
     return checkpoint
@@ -378,7 +378,8 @@ def fill_model(model, weights, name, say=print):
         try:
             visiongru.load_weights(model, weights)
         except ValueError as error:
-            raise UserError(str(error).replace("the state dict", str(name))) from None
+            raise UserError(str(error).replace("the state dict", str(name)).replace(
+                "load_weights(model.backbone, ...)", "--backbone-weights")) from None
     for warning in caught:
         say(str(warning.message).replace("the state dict", str(name)))
 
@@ -409,8 +410,14 @@ def open_run(args, processes):
     return out, checkpoint
 
 
-def check_arguments(checkpoint, args, say=print):
-    """A run goes on with the model, the order of images and the optimizer it has; of other changes the user hears."""
+def check_resumed(checkpoint, classes, train_images, args, say=print):
+    """A run goes on with the data, the model, the order of images and the optimizer it has; of other changes the user
+    hears."""
+    check_classes(checkpoint, classes, Path(args.out, "last.pt") if args.resume == "auto" else args.resume)
+    before = checkpoint["settings"]["train_images"]
+    if before != train_images:
+        raise UserError(f"--resume: the run was started on {before} training images and there are now {train_images}; "
+                        f"to go on with other data, begin a new run with --weights")
     machine = {"data", "out", "resume", "weights", "backbone_weights", "device", "workers", "save_every", "compile",
                "accum"}
     for name, before in checkpoint["args"].items():
@@ -418,7 +425,8 @@ def check_arguments(checkpoint, args, say=print):
         if now == before or name in machine:
             continue
         change = f"--{name.replace('_', '-')} was {before} and is now {now}"
-        if name in ("model", "channels", "aux_channels", "batch_size", "seed", "lr", "betas", "weight_decay"):
+        if name in ("model", "channels", "aux_channels", "zero_is_ignore", "ignore_label", "batch_size", "seed", "lr",
+                    "betas", "weight_decay"):
             raise UserError(f"--resume: {change}; go on with the value it was started with")
         say(f"note: {change}")
 
@@ -489,12 +497,7 @@ def train(args, processes):
     settings = {"model": args.model, "img_size": args.img_size, "val_resize": args.val_resize,
                 "mean": list(MEAN), "std": list(STD), "classes": classes, "train_images": len(train_data)}
     if checkpoint:
-        check_classes(checkpoint, classes, args.resume)
-        before = checkpoint["settings"]["train_images"]
-        if before != len(train_data):
-            raise UserError(f"--resume: the run was started on {before} training images and there are now "
-                            f"{len(train_data)}; to go on with other data, begin a new run with --weights")
-        check_arguments(checkpoint, args, say)
+        check_resumed(checkpoint, classes, len(train_data), args, say)
 
     # Model, average, optimizer, schedule.
     torch.manual_seed(args.seed)
@@ -734,7 +737,7 @@ def build_parser():
     def default(name):
         return f"({RECIPE[name]}; built-in set: {BUILT_IN[name]})".replace("[", "").replace("]", "").replace(",", "")
 
-    group = parser.add_argument_group("what to do (default: train)")
+    group = parser.add_argument_group("what to do (default: train)").add_mutually_exclusive_group()
     group.add_argument("--eval", action="store_true", help="validate the checkpoint --weights")
     group.add_argument("--predict", nargs="+", metavar="IMAGE", help="print the top-5 classes of image files")
     group = parser.add_argument_group("data and model")
@@ -784,7 +787,8 @@ def add_run_arguments(parser):
                        help="processes that load images, for each training process (one per core, at most 8; built-in "
                             "set: 0)")
     group = parser.add_argument_group("run")
-    group.add_argument("--out", metavar="DIR", help="for log.jsonl, last.pt and best.pt (runs/DATA-MODEL)")
+    group.add_argument("--out", metavar="DIR", help="for log.jsonl, last.pt and best.pt (runs/DATA-MODEL; segmentation: "
+                                                  "runs/DATA-upernet-MODEL, and for predictions: predictions)")
     group.add_argument("--resume", metavar="auto|FILE", help="auto: go on from OUT/last.pt if it is there")
     group.add_argument("--save-every", type=int, default=0, metavar="STEPS",
                        help="save last.pt between validations too")

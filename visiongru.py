@@ -417,7 +417,8 @@ def resize_to(x, size):
 
 
 class UPerHead(nn.Module):
-    """The decoder of UPerNet (arXiv 1807.10221): the four stages' maps -> logits (B, K, H/4, W/4).
+    """The decoder of UPerNet (arXiv 1807.10221): the four stages' maps -> logits (B, K, H/4, W/4),
+    rounded up.
 
         pyramid pooling   the last map, averaged over grids of 1x1, 2x2, 3x3 and 6x6, sees the scene as a whole
         top-down path     from the coarsest map to the finest, each is enlarged and added to the next (FPN)
@@ -555,6 +556,14 @@ def named_weights(source, name="the state dict"):
     return weights
 
 
+def why_unread(error):
+    """One line that says why torch.load(..., weights_only=True) failed."""
+    if "Unsupported global" in str(error):
+        return ("it holds Python objects beside the tensors, and to load those is to run code. If you trust it, keep "
+                "the tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], OTHER_FILE)")
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def load_weights(model, source):
     """Fill `model` with the weights of `source` and return it.
 
@@ -580,7 +589,7 @@ def load_weights(model, source):
             raise
         except Exception as error:
             raise ValueError(f"{name} is not a file of weights that torch.load(..., weights_only=True) can read: "
-                             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+                             f"{why_unread(error)}") from None
     else:
         name = "the state dict"
     found, expected = named_weights(source, name), model.state_dict()
