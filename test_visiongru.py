@@ -1304,7 +1304,7 @@ def test_the_segmentation_recipe_is_the_papers():
     norms = {f"{name}.{kind}" for name, module in model.named_modules() for kind in ("weight", "bias")
              if type(module).__name__ in ("LayerNorm", "BatchNorm2d")}
     assert {name for name, p in model.named_parameters() if any(p is q for q in free["params"])} == norms
-    assert len(norms) == 2 * (2 * 5 + 2 + 3 + 10)  # of five blocks, the stem, the downsamplings and the two heads
+    assert len(norms) == 2 * (2 * 5 + 2 + 3 + 12 + 1)  # of blocks, stem, downsamplings, decoder, auxiliary head
 
 
 def test_the_loss_is_a_mean_over_all_pixels_and_none_of_a_crop_without_labels():
