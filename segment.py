@@ -325,7 +325,7 @@ def scores(confusion):
 
 def score_table(result, classes):
     """The per-class scores as lines of text."""
-    width = max(len(name) for name in classes)
+    width = max(5, *(len(name) for name in classes))
     lines = [f"{'class':{width}}    IoU    acc"]
     for name, iou, accuracy in zip(classes, result["iou"], result["acc"]):
         lines.append(f"{name:{width}} " + " ".join("     -" if math.isnan(x) else f"{x:6.2f}" for x in (iou, accuracy)))

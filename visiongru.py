@@ -127,43 +127,60 @@ def _scan_rows(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor
         2. carry from row to row: a recurrence over the rows' ends gives the state before each row;
         3. scan all rows at once again, each from its true state, and write every h_t.
 
-    That is 3 sqrt(T) steps. Where T is no multiple of the width, the row that is last in time is short and has nothing
-    to carry on: with T = 7 and width 2, [1 2] [3 4] [5 6] [7], or reversed [1] [2 3] [4 5] [6 7] read from the right.
-    The t-th elements of all rows are a strided slice of the sequence, a "column": nothing is padded or copied.
+    That is 3 sqrt(T) steps. A step works on the t-th elements of all rows, a column (B, rows, E): a strided view.
     """
-    T = b.shape[1]
-    width = math.isqrt(T)
-    rows, full_rows = math.ceil(T / width), T // width
-    if reverse:
-        columns = [slice((T - 1 - t) % width, None, width) for t in range(width)]
-        def earliest(x, n): return x[:, x.shape[1] - n:]  # the n rows that come first in time
-    else:
-        columns = [slice(t, None, width) for t in range(width)]
-        def earliest(x, n): return x[:, :n]
-
-    product, end = earliest(a[:, columns[0]], full_rows), earliest(b[:, columns[0]], full_rows)
-    for column in columns[1:]:
-        a_t, b_t = earliest(a[:, column], full_rows), earliest(b[:, column], full_rows)
-        product, end = product * a_t, torch.addcmul(b_t, a_t, end)
-
-    start = torch.zeros_like(b[:, 0]) if h0 is None else h0
-    starts = [start]
-    rows_in_time = range(full_rows)[::-1] if reverse else range(full_rows)
-    for row in rows_in_time[:rows - 1]:  # after the last row there is none to start
-        start = torch.addcmul(end[:, row], product[:, row], start)
-        starts.append(start)
-    state = torch.stack(starts[::-1] if reverse else starts, dim=1)
-
+    T, a, b = b.shape[1], _as_rows(a, reverse), _as_rows(b, reverse)
     h = torch.empty_like(b, memory_format=torch.contiguous_format)
-    for column in columns:
-        a_t, b_t = a[:, column], b[:, column]
-        state = torch.addcmul(b_t, a_t, earliest(state, b_t.shape[1]), out=h[:, column])
-    return h
+    columns = _in_time(b.shape[2], reverse)
+    state = _row_starts(((a[:, :, t], b[:, :, t]) for t in columns), h0, reverse)
+    for t in columns:
+        state = torch.addcmul(b[:, :, t], a[:, :, t], state, out=h[:, :, t])
+    return _as_sequence(h, T, reverse)
 
 
 @_scan_rows.register_fake
 def _(a, b, h0, reverse):
     return torch.empty_like(b, memory_format=torch.contiguous_format)
+
+
+def _as_rows(x, reverse):
+    """(B, T, E) -> (B, rows, width, E), both near sqrt(T): a view, unless T has no such divisor and must be filled up,
+    beyond the end in time, with zeros, which no earlier state sees."""
+    T = x.shape[1]
+    root = math.isqrt(T)
+    width = next((w for w in range(root, root // 2, -1) if T % w == 0), root)
+    rows = math.ceil(T / width)
+    if T < rows * width:
+        missing = rows * width - T
+        x = F.pad(x, (0, 0, missing, 0) if reverse else (0, 0, 0, missing))
+    return x.unflatten(1, (rows, width))
+
+
+def _as_sequence(x, T, reverse):
+    """The way back: (B, rows, width, E) -> (B, T, E)."""
+    x = x.flatten(1, 2)
+    return x if x.shape[1] == T else (x[:, -T:] if reverse else x[:, :T]).contiguous()
+
+
+def _in_time(n, reverse):
+    return range(n)[::-1] if reverse else range(n)
+
+
+def _row_starts(columns, h0, reverse):
+    """Steps 1 and 2: the columns' (a, b) in the order of time, each (B, rows, E) -> the state before each row."""
+    product = end = None
+    for a, b in columns:
+        if product is None:
+            product, end = a.clone(), b.clone()
+        else:
+            torch.addcmul(b, a, end, out=end)
+            product *= a
+    starts = torch.empty_like(end)
+    rows = _in_time(end.shape[1], reverse)
+    starts[:, rows[0]] = 0 if h0 is None else h0
+    for row, following in zip(rows, rows[1:]):
+        torch.addcmul(end[:, row], product[:, row], starts[:, row], out=starts[:, following])
+    return starts
 
 
 SCANS = {"parallel": scan_parallel, "log": scan_log, "sequential": scan_sequential}
@@ -210,7 +227,10 @@ class MinGRU(nn.Module):
         With reverse=True the sequence is read from its end, h0 is the state beyond the end, and the state returned is
         the one at the first element.
         """
-        h = SCANS[self.scan](*self.coefficients(x), h0, reverse)
+        if self.scan == "parallel":
+            h = _ParallelMinGRU.apply(self.in_proj(x), h0, reverse)
+        else:
+            h = SCANS[self.scan](*self.coefficients(x), h0, reverse)
         return self.out_proj(h.to(x.dtype)), h[:, 0 if reverse else -1]
 
     def step(self, x_t, h=None):
@@ -221,15 +241,129 @@ class MinGRU(nn.Module):
 
     def coefficients(self, x):
         """x (..., dim) -> a = 1 - z and b = z * h~, both (..., E) and in float32 at least."""
-        u = self.in_proj(x)
-        candidate, gate = u.to(torch.promote_types(u.dtype, torch.float32)).chunk(2, dim=-1)
-        # sigmoid(-gate), not 1 - z: the subtraction would leave few digits of an a near zero
-        return torch.sigmoid(-gate), torch.sigmoid(gate) * g(candidate)
+        return coefficients(self.in_proj(x))
+
+
+def coefficients(u):
+    """u = (W_h x, W_z x), (..., 2E) -> a = 1 - z and b = z * h~, both (..., E) and in float32 at least."""
+    candidate, gate = u.to(torch.promote_types(u.dtype, torch.float32)).chunk(2, dim=-1)
+    # sigmoid(-gate), not 1 - z: the subtraction would leave few digits of an a near zero
+    return torch.sigmoid(-gate), torch.sigmoid(gate) * g(candidate)
 
 
 def g(u):
-    """The candidate's activation: u + 1/2 for u >= 0, sigmoid(u) for u < 0. Continuous and always positive."""
-    return F.relu(u) + torch.sigmoid(u.clamp(max=0))  # half the time of torch.where(u >= 0, ...) on a CPU
+    """The candidate's activation: u + 1/2 for u >= 0, sigmoid(u) for u < 0, which is the larger of the two."""
+    return torch.maximum(u + 0.5, torch.sigmoid(u))
+
+
+class _ParallelMinGRU(torch.autograd.Function):
+    """scan_parallel(*coefficients(u), h0, reverse), computed with less memory: a, z and h~ are made when they are
+    needed, made again for the gradient, and never kept. With G_t as in `_ParallelScan`,
+
+        dL/dh~_t = G_t z_t,    dL/d(W_z x)_t = G_t a_t z_t (h~_t - h_{t-1}) = G_t z_t (h~_t - h_t).
+    """
+
+    @staticmethod
+    def forward(ctx, u, h0, reverse):
+        h = _min_gru(u, h0, reverse)
+        ctx.save_for_backward(u, h, h0)
+        ctx.reverse = reverse
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        u, h, h0 = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated in its turn: take it through the plain form
+            with torch.enable_grad():
+                again = scan_parallel(*coefficients(u), h0, ctx.reverse)
+            wanted = [t for t, needed in zip((u, h0), ctx.needs_input_grad) if needed]
+            found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
+        du, dh0 = _min_gru_backward(grad, u, h, ctx.reverse)
+        return du, None if h0 is None else dh0.to(h0.dtype), None
+
+
+@torch.library.custom_op("visiongru::min_gru", mutates_args=())
+def _min_gru(u: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+    """u (B, T, 2E) -> h (B, T, E), as in `_scan_rows`; a and b are made for a few columns at a time, in both passes."""
+    T, u = u.shape[1], _as_rows(u, reverse)
+    h = u.new_empty(*u.shape[:3], u.shape[3] // 2, dtype=torch.promote_types(u.dtype, torch.float32))
+
+    def columns():
+        for chunk in _chunks(u, reverse):
+            a, z, candidate = _gates(u[:, :, chunk])
+            b = z.mul_(candidate)
+            for t in _in_time(b.shape[2], reverse):
+                yield a[:, :, t], b[:, :, t]
+    state = _row_starts(columns(), h0, reverse)
+    for t, (a, b) in zip(_in_time(h.shape[2], reverse), columns()):
+        state = torch.addcmul(b, a, state, out=h[:, :, t])
+    return _as_sequence(h, T, reverse)
+
+
+@_min_gru.register_fake
+def _(u, h0, reverse):
+    return u.new_empty(*u.shape[:2], u.shape[2] // 2, dtype=torch.promote_types(u.dtype, torch.float32))
+
+
+@torch.library.custom_op("visiongru::min_gru_backward", mutates_args=())
+def _min_gru_backward(grad: Tensor, u: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """dL/dh (B, T, E), u, h -> dL/du (B, T, 2E), dL/dh_0 (B, E): the scan of the gradient, K_t = a_t G_t with
+
+        G_t = dL/dh_t + K_{t+1},    K_t = a_t K_{t+1} + a_t dL/dh_t,    dL/dh_0 = K_1.
+    """
+    T, against = u.shape[1], not reverse
+    grad, u, h = (_as_rows(x, reverse) for x in (grad, u, h))
+    du = torch.empty_like(u, memory_format=torch.contiguous_format)
+    E = h.shape[3]
+
+    def columns():
+        for chunk in _chunks(u, against):
+            a = torch.neg(u[:, :, chunk, E:]).to(h.dtype).sigmoid_()
+            b = a * grad[:, :, chunk]
+            for t in _in_time(b.shape[2], against):
+                yield a[:, :, t], b[:, :, t]
+    K = _row_starts(columns(), None, against)
+    for chunk in _chunks(u, against):
+        a, z, candidate = _gates(u[:, :, chunk])
+        G = torch.empty_like(a)
+        for t in _in_time(G.shape[2], against):
+            torch.add(grad[:, :, chunk][:, :, t], K, out=G[:, :, t])
+            K = a[:, :, t] * G[:, :, t]
+        G *= z
+        # g'(u) is 1 where h~ >= 1/2, and h~ (1 - h~) below. A mix by 0 and 1 takes a tenth of torch.where's time.
+        slope = candidate.clamp(max=0.5)
+        slope.addcmul_(slope, slope, value=-1).lerp_(slope.new_ones(()), torch.ge(candidate, 0.5, out=a))
+        torch.mul(G, slope, out=du[:, :, chunk, :E])
+        torch.mul(G, candidate.sub_(h[:, :, chunk]), out=du[:, :, chunk, E:])
+    return _as_sequence(du, T, reverse), K[:, _in_time(K.shape[1], reverse)[0]].clone()
+
+
+@_min_gru_backward.register_fake
+def _(grad, u, h, reverse):
+    return torch.empty_like(u, memory_format=torch.contiguous_format), torch.empty_like(h[:, 0])
+
+
+def _chunks(u, reverse):
+    """How many columns of u (B, rows, width, 2E) to make the gates for at a time, as slices in the order of time: all
+    where launches cost most, on a GPU, and where they fit a CPU's cache; else one, so that what is made for a column
+    is used before it has to leave the cache."""
+    width = u.shape[2]
+    if u.is_cuda or u.numel() <= 2**21:
+        return [slice(0, width)]
+    return [slice(t, t + 1) for t in _in_time(width, reverse)]
+
+
+def _gates(u):
+    """`coefficients` in as few passes over memory as it takes: u (..., 2E) -> a, z and h~, new tensors (..., E)."""
+    dtype, E = torch.promote_types(u.dtype, torch.float32), u.shape[-1] // 2
+
+    def copy(x):  # in PyTorch 2.14 a copy and a sigmoid in place take half the time of a sigmoid of a strided view
+        return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    candidate, gate = u[..., :E], u[..., E:]
+    a, z, above = copy(gate).neg_().sigmoid_(), copy(gate).sigmoid_(), copy(candidate)
+    candidate = above.sigmoid()
+    return a, z, torch.maximum(above.add_(0.5), candidate, out=candidate)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
