@@ -393,8 +393,8 @@ def train(args, processes):
 
     # Model, optimizer, schedule.
     torch.manual_seed(args.seed)
-    model = visiongru.UPerNet(MODELS[args.model](drop_path=args.drop_path), len(classes), args.channels,
-                              args.aux_channels)
+    backbone = MODELS[args.model](drop_path=args.drop_path, checkpoint=args.checkpoint)
+    model = visiongru.UPerNet(backbone, len(classes), args.channels, args.aux_channels)
     if args.weights and not checkpoint:
         common.fill_model(model, common.load_checkpoint(args.weights), args.weights, say)
     if args.backbone_weights and not checkpoint:

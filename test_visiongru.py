@@ -483,6 +483,31 @@ def test_stochastic_depth_grows_with_depth_acts_in_training_only_and_is_off_by_d
     assert torch.equal(plain(x), plain(x))
 
 
+def test_activation_checkpointing_changes_memory_and_nothing_else():
+    plain, saving = VisionGRU(5, **MICRO, drop_path=0.4), VisionGRU(5, **MICRO, drop_path=0.4, checkpoint=True)
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 3, 64, 64)
+    results, kept = [], []
+    for model in (plain, saving):
+        torch.manual_seed(1)
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+            y = model(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
+        kept.append(sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values()))
+    assert all(torch.equal(value, expected) for value, expected in zip(*results))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_the_model_exports_with_any_batch_size():
+    model = VisionGRU(5, **MICRO).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (torch.randn(2, 3, 40, 64),), dynamic_shapes={"x": {0: batch}}).module()
+    for count in (1, 2, 5):
+        x = torch.randn(count, 3, 40, 64)
+        torch.testing.assert_close(exported(x), model(x))
+
+
 def test_the_named_models_take_the_arguments_of_visiongru():
     with torch.device("meta"):
         model = visiongru_nano(num_classes=7, drop_path=0.1, scan="log")

@@ -419,7 +419,7 @@ def check_resumed(checkpoint, classes, train_images, args, say=print):
         raise UserError(f"--resume: the run was started on {before} training images and there are now {train_images}; "
                         f"to go on with other data, begin a new run with --weights")
     machine = {"data", "out", "resume", "weights", "backbone_weights", "device", "workers", "save_every", "compile",
-               "accum"}
+               "checkpoint", "accum"}
     for name, before in checkpoint["args"].items():
         now = getattr(args, name, before)
         if now == before or name in machine:
@@ -501,7 +501,7 @@ def train(args, processes):
 
     # Model, average, optimizer, schedule.
     torch.manual_seed(args.seed)
-    model = MODELS[args.model](num_classes=len(classes), drop_path=args.drop_path)
+    model = MODELS[args.model](num_classes=len(classes), drop_path=args.drop_path, checkpoint=args.checkpoint)
     if args.weights and not checkpoint:
         fill_model(model, load_checkpoint(args.weights), args.weights, say)
     model.to(device, memory_format=torch.channels_last)
@@ -783,6 +783,8 @@ def add_run_arguments(parser):
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
                        help="auto: bf16 on a GPU that has it, else off")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--checkpoint", action="store_true",
+                       help="activation checkpointing: less memory for more time, the same result")
     group.add_argument("--workers", type=int, default=None, metavar="N",
                        help="processes that load images, for each training process (one per core, at most 8; built-in "
                             "set: 0)")

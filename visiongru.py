@@ -40,6 +40,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
 
@@ -466,12 +467,13 @@ class VisionGRU(nn.Module):
         mlp_ratio: hidden width of the FFNs, likewise.
         drop_path: stochastic depth: the probability of the last block; it grows linearly from 0 at the first.
         scan: "parallel", "log" or "sequential", as in `MinGRU`; all have the same parameters and results.
+        checkpoint: in training keep each block's input alone, and compute the block again for the gradient.
     Raises:
         ValueError: sizes that make no sense, with what was expected.
     """
 
     def __init__(self, num_classes=1000, dim=72, depths=(2, 2, 8, 2), expansion=2, mlp_ratio=4, drop_path=0.0,
-                 scan="parallel"):
+                 scan="parallel", checkpoint=False):
         super().__init__()
         if len(depths) != 4 or any(depth != int(depth) or depth < 1 for depth in depths):
             raise ValueError(f"depths is {depths!r}; expected four whole numbers of at least 1, one for each stage")
@@ -483,7 +485,7 @@ class VisionGRU(nn.Module):
             raise ValueError(f"mlp_ratio is {mlp_ratio}; expected a positive number")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path is {drop_path}; expected a probability of at least 0 and below 1")
-        self.num_classes = num_classes
+        self.num_classes, self.checkpoint = num_classes, checkpoint
         self.dims = [dim * 2**stage for stage in range(4)]
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         self.stem = Stem(dim)
@@ -514,7 +516,8 @@ class VisionGRU(nn.Module):
         for i, stage in enumerate(self.stages):
             if i > 0:
                 x = self.downsamples[i - 1](x)
-            x = stage(x)
+            for block in stage:
+                x = checkpoint(block, x, use_reentrant=False) if self.checkpoint and self.training else block(x)
             maps.append(to_channels_first(x))
         return maps
 

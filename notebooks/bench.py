@@ -162,9 +162,9 @@ def measure(names, rounds, **spec):
 
 
 def table(results, batch):
-    """A Markdown table: images per second, and beside it the median ratio of speeds ours / theirs; memory likewise."""
-    ours = results["ours"]
-    lines = ["| model | images/s | ours is faster by | memory of a step | ours needs |", "|---|---|---|---|---|"]
+    """A Markdown table: images per second, and by what the first model is faster than each and needs less memory."""
+    ours = next(iter(results.values()))
+    lines = ["| model | images/s | the first is faster by | memory of a step | the first needs |", "|---|---|---|---|---|"]
     for name, result in results.items():
         if "error" in result:
             lines.append(f"| {name} | {result['error'][:60]} | | | |")
@@ -180,11 +180,9 @@ def table(results, batch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def measure_scans(lengths, batch, hidden, rounds, device):
-    """The three scans on pre-activations u (batch, T, 2 hidden), with what a minGRU does around them.
-
-    -> for each T and scan: seconds forward, seconds forward and backward, bytes kept for the backward pass; for each T
-    the floor, the time in which u could be read and h be written, at the speed of a copy measured beside it.
-    """
+    """-> for each length T and scan: seconds of a forward pass and of a forward and backward pass over (batch, T,
+    hidden), in turns, and bytes kept for the backward pass; and the floor of both, the time in which what must be read
+    and written could be copied, at the speed of a copy measured in the same turns."""
     cuda = torch.device(device).type == "cuda"
 
     def timed(run):
@@ -198,33 +196,87 @@ def measure_scans(lengths, batch, hidden, rounds, device):
 
     rows = []
     for T in lengths:
-        u = torch.randn(batch, T, 2 * hidden, device=device, requires_grad=True)
-        grad = torch.randn(batch, T, hidden, device=device)
-        source, target = torch.randn(2, batch, T, hidden, device=device)
-        scans = [name for name in visiongru.SCANS if name != "sequential" or T <= 20_000]
-        seconds = {}
-        for turn in range(rounds + 1):
-            for name in scans:
-                def forward():
-                    return visiongru.SCANS[name](u)
-
-                def both():
-                    torch.autograd.grad(forward(), u, grad)
+        a, b = torch.rand(2, batch, T, hidden, device=device)
+        a.requires_grad_(), b.requires_grad_()
+        grad, target = torch.randn(2, batch, T, hidden, device=device)
+        seconds = {name: [] for name in (*visiongru.SCANS, "copy")}
+        for _ in range(rounds + 1):
+            for name, scan in visiongru.SCANS.items():
                 with torch.no_grad():
-                    times = timed(forward), timed(both) if False else None
-                times = times[0], timed(both)
-                if turn:  # the first warms up
-                    seconds.setdefault(name, []).append(times)
-            if turn:
-                seconds.setdefault("copy", []).append(timed(lambda: target.copy_(source)))
-        copy = statistics.median(seconds.pop("copy"))
-        for name in scans:
-            kept = []
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-                visiongru.SCANS[name](u)
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-            storages.pop(u.untyped_storage().data_ptr(), None)  # is there anyhow
-            rows.append({"T": T, "scan": name, "forward": statistics.median(f for f, _ in seconds[name]),
-                         "both": statistics.median(b for _, b in seconds[name]), "kept": sum(storages.values()),
-                         "floor_forward": 1.5 * copy, "floor_both": 4.5 * copy})
+                    forward = timed(lambda: scan(a, b))
+                seconds[name].append((forward, timed(lambda: torch.autograd.grad(scan(a, b), (a, b), grad))))
+            seconds["copy"].append((timed(lambda: target.copy_(grad)),))
+        copy, = medians(seconds.pop("copy"))
+        for name, scan in visiongru.SCANS.items():
+            kept = {}
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda t: kept.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t,
+                    lambda t: t):
+                h = scan(a, b)
+            forward, both = medians(seconds[name])
+            # Forward reads a and b and writes h: 3 tensors, where a copy moves 2. Backward reads the gradient, a and h
+            # and writes two gradients: 5 more.
+            rows.append({"T": T, "scan": name, "forward": forward, "both": both, "kept": sum(kept.values()),
+                         "floor_forward": 3 / 2 * copy, "floor_both": 8 / 2 * copy})
+            del h
     return rows
+
+
+def medians(rounds):
+    """The medians of the columns, without the first round, which warms up."""
+    return [statistics.median(column) for column in zip(*rounds[1:])]
+
+
+def scan_table(rows):
+    lines = ["| T | scan | forward | forward + backward | parallel is faster by | kept for backward | floor |",
+             "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        ours = next(r for r in rows if r["T"] == row["T"] and r["scan"] == "parallel")
+        lines.append(f"| {row['T']:,} | {row['scan']} | {1e3 * row['forward']:.1f} ms | {1e3 * row['both']:.1f} ms "
+                     f"| {row['both'] / ours['both']:.1f}x | {row['kept'] / 2**20:.1f} MiB "
+                     f"| {1e3 * row['floor_both']:.1f} ms |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["ours", "ours, log scan", "swin_t", "convnext_tiny", "resnet50",
+                                                        "vit_s"], choices=MODELS, metavar="NAME",
+                        help=f"of {', '.join(map(repr, MODELS))}")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224], metavar="PX")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--mode", nargs="+", default=["infer", "train"], choices=["infer", "train"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--scan", action="store_true", help="measure the scans alone")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[196, 784, 3136, 12544], metavar="T")
+    parser.add_argument("--hidden", type=int, default=144, metavar="E")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers here")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve(json.loads(args.serve))
+
+    where = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
+    print(f"PyTorch {torch.__version__}, {where}, amp {args.amp}{', compiled' if args.compile else ''}\n")
+    record = []
+    if args.scan:
+        rows = measure_scans(args.lengths, args.batch, args.hidden, args.rounds, args.device)
+        print(f"The scans alone, batch {args.batch}, E = {args.hidden}\n\n{scan_table(rows)}\n")
+        record.append({"scans": rows})
+    else:
+        for size in args.sizes:
+            for mode in args.mode:
+                results = measure(args.models, args.rounds, size=size, batch=args.batch, mode=mode, device=args.device,
+                                  amp=args.amp, compiled=args.compile)
+                print(f"{mode}, {size} px, batch {args.batch}\n\n{table(results, args.batch)}\n", flush=True)
+                record.append({"size": size, "mode": mode, "batch": args.batch, "results": results})
+    if args.json:
+        Path(args.json).write_text(json.dumps({"torch": torch.__version__, "where": where, "amp": args.amp,
+                                               "compiled": args.compile, "measured": record}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
