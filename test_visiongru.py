@@ -502,7 +502,8 @@ def test_activation_checkpointing_changes_memory_and_nothing_else():
 def test_the_model_exports_with_any_batch_size():
     model = VisionGRU(5, **MICRO).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(model, (torch.randn(2, 3, 40, 64),), dynamic_shapes={"x": {0: batch}}).module()
+    exported = torch.export.export(model, (torch.randn(2, 3, 40, 64),), dynamic_shapes={"x": {0: batch}},
+                                   strict=False).module()
     for count in (1, 2, 5):
         x = torch.randn(count, 3, 40, 64)
         torch.testing.assert_close(exported(x), model(x))
