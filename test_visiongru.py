@@ -171,8 +171,7 @@ def test_step_equals_the_whole_sequence_and_the_state_carries(scan):
 @pytest.mark.parametrize("T", [1, 2, 3, 12, 37, 1009])
 def test_mingru_in_parallel_is_the_loop_in_value_and_gradient(T, with_h0, reverse, at_once, monkeypatch):
     if not at_once:
-        monkeypatch.setattr(visiongru, "_chunks", lambda u, reverse: [
-            slice(t, t + 1) for t in visiongru._in_time(u.shape[2], reverse)])
+        monkeypatch.setattr(visiongru, "_columns_at_once", lambda u: 1)
     loop, ours = MinGRU(3, 2, "sequential").double(), MinGRU(3, 2, "parallel").double()
     ours.load_state_dict(loop.state_dict())
     x = torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True)
@@ -185,6 +184,28 @@ def test_mingru_in_parallel_is_the_loop_in_value_and_gradient(T, with_h0, revers
         results.append([y, h, *torch.autograd.grad((y * weight).sum() + h.square().sum(), wanted)])
     for value, expected in zip(*results):
         torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_at_zero_input_both_forms_have_the_same_gradient():
+    expected = None
+    gru = MinGRU(1, 1)
+    for gru.scan in visiongru.SCANS:
+        x = torch.zeros(1, 3, 1, requires_grad=True)
+        grad, = torch.autograd.grad(gru(x)[0].sum(), x)
+        expected = grad if expected is None else expected
+        torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", [(1, 23, 6), (2, 12, 4), (3, 7, 2)])
+def test_the_operators_are_what_the_compiler_is_told(shape, reverse):
+    u, h0 = torch.randn(shape), torch.rand(shape[0], shape[2] // 2)
+    h = visiongru._min_gru(u, h0, reverse)
+    for op, args in ((visiongru._scan_rows, (torch.rand_like(h), torch.rand_like(h), h0, reverse)),
+                     (visiongru._min_gru, (u, h0, reverse)), (visiongru._min_gru, (u.bfloat16(), None, reverse)),
+                     (visiongru._min_gru_backward, (torch.randn_like(h), u, h, reverse)),
+                     (visiongru._min_gru_backward, (torch.randn_like(h), u.bfloat16(), h, reverse))):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_mingru_can_be_differentiated_twice():

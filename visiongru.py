@@ -68,7 +68,7 @@ def scan_log(a, b, h0=None, reverse=False):
 
         h_t = A_t (h_0 + sum_{s<=t} b_s / A_s) = exp(log A_t + logcumsumexp_{s<=t}(log b_s - log A_s)).
 
-    It needs a >= 0, b > 0 and h0 >= 0. log A_t grows with t, so a rounding error of one part in 10^7 of it becomes an
+    It needs a >= 0, b >= 0 and h0 >= 0. log A_t grows with t, so a rounding error of one part in 10^7 of it becomes an
     ever larger relative error of h_t: in float32 some 1e-2 at T = 65,536. Kept for comparison.
     """
     if reverse:
@@ -83,7 +83,7 @@ def scan_log(a, b, h0=None, reverse=False):
 def scan_parallel(a, b, h0=None, reverse=False):
     """Ours: real-space, O(T) work in O(sqrt(T)) steps, with its gradient written out (see `_ParallelScan`).
 
-    With 0 <= a <= 1 and b >= 0 every operation adds or multiplies numbers of one sign, nothing overflows and nothing
+    With 0 <= a <= 1, b >= 0 and h0 >= 0 every operation adds or multiplies numbers of one sign, nothing overflows and nothing
     cancels: in float32 it keeps the accuracy of the sequential form at any length.
     """
     return _ParallelScan.apply(a, b, h0, reverse)
@@ -128,14 +128,13 @@ def _scan_rows(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor
         2. carry from row to row: a recurrence over the rows' ends gives the state before each row;
         3. scan all rows at once again, each from its true state, and write every h_t.
 
-    That is 3 sqrt(T) steps. A step works on the t-th elements of all rows, a column (B, rows, E): a strided view.
+    That is about 3 sqrt(T) steps. A step works on the t-th elements of all rows, a column (B, rows, E): a strided view.
     """
     T, a, b = b.shape[1], _as_rows(a, reverse), _as_rows(b, reverse)
     h = torch.empty_like(b, memory_format=torch.contiguous_format)
-    columns = _in_time(b.shape[2], reverse)
-    state = _row_starts(((a[:, :, t], b[:, :, t]) for t in columns), h0, reverse)
-    for t in columns:
-        state = torch.addcmul(b[:, :, t], a[:, :, t], state, out=h[:, :, t])
+    state = _row_starts(zip(_columns(a, reverse), _columns(b, reverse)), h0, reverse)
+    for a_t, b_t, h_t in zip(*(_columns(x, reverse) for x in (a, b, h))):
+        state = torch.addcmul(b_t, a_t, state, out=h_t)
     return _as_sequence(h, T, reverse)
 
 
@@ -145,14 +144,14 @@ def _(a, b, h0, reverse):
 
 
 def _as_rows(x, reverse):
-    """(B, T, E) -> (B, rows, width, E), both near sqrt(T): a view, unless T has no such divisor and must be filled up,
-    beyond the end in time, with zeros, which no earlier state sees."""
+    """(B, T, E) -> (B, rows, width, E), both near sqrt(T): a view, unless T has no such divisor and must be filled up
+    with zeros, beyond the end in time, where no earlier state sees them."""
     T = x.shape[1]
     root = math.isqrt(T)
     width = next((w for w in range(root, root // 2, -1) if T % w == 0), root)
     rows = math.ceil(T / width)
-    if T < rows * width:
-        missing = rows * width - T
+    missing = rows * width - T
+    if missing:
         x = F.pad(x, (0, 0, missing, 0) if reverse else (0, 0, 0, missing))
     return x.unflatten(1, (rows, width))
 
@@ -160,27 +159,28 @@ def _as_rows(x, reverse):
 def _as_sequence(x, T, reverse):
     """The way back: (B, rows, width, E) -> (B, T, E)."""
     x = x.flatten(1, 2)
-    return x if x.shape[1] == T else (x[:, -T:] if reverse else x[:, :T]).contiguous()
+    return x if x.shape[1] == T else (x[:, -T:] if reverse else x[:, :T]).clone(memory_format=torch.contiguous_format)
 
 
-def _in_time(n, reverse):
-    return range(n)[::-1] if reverse else range(n)
+def _columns(x, reverse, at_once=None):
+    """(B, rows, width, E) -> its columns (B, rows, E), or parts of `at_once` columns, views in the order of time."""
+    parts = x.split(at_once, dim=2) if at_once else x.unbind(2)
+    return parts[::-1] if reverse else parts
 
 
 def _row_starts(columns, h0, reverse):
     """Steps 1 and 2: the columns' (a, b) in the order of time, each (B, rows, E) -> the state before each row."""
-    product = end = None
+    columns = iter(columns)
+    product, end = (x.clone() for x in next(columns))
     for a, b in columns:
-        if product is None:
-            product, end = a.clone(), b.clone()
-        else:
-            torch.addcmul(b, a, end, out=end)
-            product *= a
+        torch.addcmul(b, a, end, out=end)
+        product *= a
     starts = torch.empty_like(end)
-    rows = _in_time(end.shape[1], reverse)
-    starts[:, rows[0]] = 0 if h0 is None else h0
-    for row, following in zip(rows, rows[1:]):
+    row, *rows = range(end.shape[1])[::-1] if reverse else range(end.shape[1])
+    starts[:, row] = 0 if h0 is None else h0
+    for following in rows:
         torch.addcmul(end[:, row], product[:, row], starts[:, row], out=starts[:, following])
+        row = following
     return starts
 
 
@@ -228,7 +228,7 @@ class MinGRU(nn.Module):
         With reverse=True the sequence is read from its end, h0 is the state beyond the end, and the state returned is
         the one at the first element.
         """
-        if self.scan == "parallel":
+        if self.scan == "parallel":  # scan_parallel, fused with its coefficients
             h = _ParallelMinGRU.apply(self.in_proj(x), h0, reverse)
         else:
             h = SCANS[self.scan](*self.coefficients(x), h0, reverse)
@@ -253,15 +253,16 @@ def coefficients(u):
 
 
 def g(u):
-    """The candidate's activation: u + 1/2 for u >= 0, sigmoid(u) for u < 0, which is the larger of the two."""
-    return torch.maximum(u + 0.5, torch.sigmoid(u))
+    """The candidate's activation: u + 1/2 for u >= 0, sigmoid(u) for u < 0. Continuous and always positive."""
+    return torch.where(u >= 0, u + 0.5, torch.sigmoid(u))
 
 
 class _ParallelMinGRU(torch.autograd.Function):
-    """scan_parallel(*coefficients(u), h0, reverse), computed with less memory: a, z and h~ are made when they are
-    needed, made again for the gradient, and never kept. With G_t as in `_ParallelScan`,
+    """scan_parallel(*coefficients(u), h0, reverse) in less time and memory: a, z and h~ are made when they are needed,
+    made again for the gradient, and never kept. With G_t as in `_ParallelScan`,
 
-        dL/dh~_t = G_t z_t,    dL/d(W_z x)_t = G_t a_t z_t (h~_t - h_{t-1}) = G_t z_t (h~_t - h_t).
+        dL/d(W_h x)_t = G_t z_t g'(W_h x_t),
+        dL/d(W_z x)_t = G_t a_t z_t (h~_t - h_{t-1}) = G_t z_t (h~_t - h_t).
     """
 
     @staticmethod
@@ -275,30 +276,29 @@ class _ParallelMinGRU(torch.autograd.Function):
     def backward(ctx, grad):
         u, h, h0 = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated in its turn: take it through the plain form
-            with torch.enable_grad():
-                again = scan_parallel(*coefficients(u), h0, ctx.reverse)
+            again = scan_parallel(*coefficients(u), h0, ctx.reverse)
             wanted = [t for t, needed in zip((u, h0), ctx.needs_input_grad) if needed]
             found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
         du, dh0 = _min_gru_backward(grad, u, h, ctx.reverse)
-        return du, None if h0 is None else dh0.to(h0.dtype), None
+        return du, None if h0 is None else dh0, None
 
 
 @torch.library.custom_op("visiongru::min_gru", mutates_args=())
 def _min_gru(u: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
-    """u (B, T, 2E) -> h (B, T, E), as in `_scan_rows`; a and b are made for a few columns at a time, in both passes."""
+    """u (B, T, 2E) -> h (B, T, E) by the three steps of `_scan_rows`; the gates are made a few columns at a time."""
     T, u = u.shape[1], _as_rows(u, reverse)
     h = u.new_empty(*u.shape[:3], u.shape[3] // 2, dtype=torch.promote_types(u.dtype, torch.float32))
+    at_once = _columns_at_once(u)
 
     def columns():
-        for chunk in _chunks(u, reverse):
-            a, z, candidate = _gates(u[:, :, chunk])
-            b = z.mul_(candidate)
-            for t in _in_time(b.shape[2], reverse):
-                yield a[:, :, t], b[:, :, t]
-    state = _row_starts(columns(), h0, reverse)
-    for t, (a, b) in zip(_in_time(h.shape[2], reverse), columns()):
-        state = torch.addcmul(b, a, state, out=h[:, :, t])
+        for part in _columns(u, reverse, at_once):
+            a, z, candidate = _gates(part)
+            yield from zip(_columns(a, reverse), _columns(z.mul_(candidate), reverse))
+    coefficients = list(columns()) if at_once == u.shape[2] else None  # else made again for the second pass over them
+    state = _row_starts(coefficients or columns(), h0, reverse)
+    for (a, b), h_t in zip(coefficients or columns(), _columns(h, reverse)):
+        state = torch.addcmul(b, a, state, out=h_t)
     return _as_sequence(h, T, reverse)
 
 
@@ -309,35 +309,36 @@ def _(u, h0, reverse):
 
 @torch.library.custom_op("visiongru::min_gru_backward", mutates_args=())
 def _min_gru_backward(grad: Tensor, u: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """dL/dh (B, T, E), u, h -> dL/du (B, T, 2E), dL/dh_0 (B, E): the scan of the gradient, K_t = a_t G_t with
+    """dL/dh_t (direct) (B, T, E), u, h -> dL/du (B, T, 2E), dL/dh_0 (B, E). What is scanned, against the forward
+    direction, is K_t = a_t G_t, since it needs each column's own a, where G_t needs that of the next:
 
-        G_t = dL/dh_t + K_{t+1},    K_t = a_t K_{t+1} + a_t dL/dh_t,    dL/dh_0 = K_1.
+        G_t = dL/dh_t (direct) + K_{t+1},    K_t = a_t K_{t+1} + a_t dL/dh_t (direct),    dL/dh_0 = K_1.
+
+    Where `_as_rows` fills up with zeros this scan meets them first; their gradient is zero, and K stays zero.
     """
-    T, against = u.shape[1], not reverse
+    T, E, against = u.shape[1], h.shape[2], not reverse
     grad, u, h = (_as_rows(x, reverse) for x in (grad, u, h))
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
-    E = h.shape[3]
+    at_once = _columns_at_once(u)
 
     def columns():
-        for chunk in _chunks(u, against):
-            a = torch.neg(u[:, :, chunk, E:]).to(h.dtype).sigmoid_()
-            b = a * grad[:, :, chunk]
-            for t in _in_time(b.shape[2], against):
-                yield a[:, :, t], b[:, :, t]
+        for u_part, grad_part in zip(*(_columns(x, against, at_once) for x in (u, grad))):
+            a = _copy(u_part[..., E:]).neg_().sigmoid_()
+            yield from zip(_columns(a, against), _columns(a * grad_part, against))
     K = _row_starts(columns(), None, against)
-    for chunk in _chunks(u, against):
-        a, z, candidate = _gates(u[:, :, chunk])
+    for grad_part, u_part, h_part, du_part in zip(*(_columns(x, against, at_once) for x in (grad, u, h, du))):
+        a, z, candidate = _gates(u_part)
         G = torch.empty_like(a)
-        for t in _in_time(G.shape[2], against):
-            torch.add(grad[:, :, chunk][:, :, t], K, out=G[:, :, t])
-            K = a[:, :, t] * G[:, :, t]
+        for grad_t, a_t, G_t in zip(*(_columns(x, against) for x in (grad_part, a, G))):
+            K = a_t * torch.add(grad_t, K, out=G_t)
         G *= z
-        # g'(u) is 1 where h~ >= 1/2, and h~ (1 - h~) below. A mix by 0 and 1 takes a tenth of torch.where's time.
+        # g' is 1 where h~ >= 1/2 and h~ (1 - h~) below. A mix of the two takes a tenth of torch.where's time.
+        above = torch.ge(candidate, 0.5, out=a)  # 0 or 1
         slope = candidate.clamp(max=0.5)
-        slope.addcmul_(slope, slope, value=-1).lerp_(slope.new_ones(()), torch.ge(candidate, 0.5, out=a))
-        torch.mul(G, slope, out=du[:, :, chunk, :E])
-        torch.mul(G, candidate.sub_(h[:, :, chunk]), out=du[:, :, chunk, E:])
-    return _as_sequence(du, T, reverse), K[:, _in_time(K.shape[1], reverse)[0]].clone()
+        slope = slope.addcmul_(slope, slope, value=-1).lerp_(slope.new_ones(()), above)
+        torch.mul(G, slope, out=du_part[..., :E])
+        torch.mul(G, candidate.sub_(h_part), out=du_part[..., E:])
+    return _as_sequence(du, T, reverse), K[:, -1 if reverse else 0].clone()
 
 
 @_min_gru_backward.register_fake
@@ -345,26 +346,23 @@ def _(grad, u, h, reverse):
     return torch.empty_like(u, memory_format=torch.contiguous_format), torch.empty_like(h[:, 0])
 
 
-def _chunks(u, reverse):
-    """How many columns of u (B, rows, width, 2E) to make the gates for at a time, as slices in the order of time: all
-    where launches cost most, on a GPU, and where they fit a CPU's cache; else one, so that what is made for a column
-    is used before it has to leave the cache."""
-    width = u.shape[2]
-    if u.is_cuda or u.numel() <= 2**21:
-        return [slice(0, width)]
-    return [slice(t, t + 1) for t in _in_time(width, reverse)]
+def _columns_at_once(u):
+    """How many columns of u (B, rows, width, 2E) to make the gates of at a time: all, where launches cost most, on a
+    GPU, and where they fit a CPU's cache; else one, so that they are used before they have to leave the cache."""
+    return u.shape[2] if u.is_cuda or u.numel() <= 2**21 else 1
 
 
 def _gates(u):
-    """`coefficients` in as few passes over memory as it takes: u (..., 2E) -> a, z and h~, new tensors (..., E)."""
-    dtype, E = torch.promote_types(u.dtype, torch.float32), u.shape[-1] // 2
+    """u (..., 2E) -> a, z and h~, new tensors (..., E), in few passes over memory."""
+    candidate, gate = u.chunk(2, dim=-1)
+    a, z, candidate = _copy(gate).neg_().sigmoid_(), _copy(gate).sigmoid_(), _copy(candidate)
+    below = candidate.sigmoid()
+    return a, z, torch.maximum(candidate.add_(0.5), below, out=below)  # g(u) is the larger of u + 1/2 and sigmoid(u)
 
-    def copy(x):  # in PyTorch 2.14 a copy and a sigmoid in place take half the time of a sigmoid of a strided view
-        return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    candidate, gate = u[..., :E], u[..., E:]
-    a, z, above = copy(gate).neg_().sigmoid_(), copy(gate).sigmoid_(), copy(candidate)
-    candidate = above.sigmoid()
-    return a, z, torch.maximum(above.add_(0.5), candidate, out=candidate)
+
+def _copy(x):
+    """Contiguous and in float32 at least. This and a sigmoid in place take half the time of a strided view's sigmoid."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
