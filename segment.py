@@ -333,7 +333,8 @@ def score_table(result, classes):
 
 
 def summary(result):
-    return f"mIoU {result['miou']:.2f}, mean accuracy {result['mean_acc']:.2f}, pixel accuracy {result['pixel_acc']:.2f}"
+    return (f"mIoU {result['miou']:.2f}, mean accuracy {result['mean_acc']:.2f}, pixel accuracy "
+            f"{result['pixel_acc']:.2f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -601,7 +602,8 @@ def overlay(image, labels, names):
     draw = ImageDraw.Draw(page)
     for label, text, (x, y) in zip(occurring, texts, places):
         y += image.height + size // 4
-        draw.rectangle((x + size // 4, y, x + 5 * size // 4, y + size), tuple(colours[3 * label:3 * label + 3]), "black")
+        colour = tuple(colours[3 * label:3 * label + 3])
+        draw.rectangle((x + size // 4, y, x + 5 * size // 4, y + size), colour, "black")
         draw.text((x + 3 * size // 2, y + size // 2), text, "black", font, anchor="lm")
     return page
 

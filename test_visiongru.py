@@ -1438,7 +1438,7 @@ def test_a_step_has_the_same_images_for_any_number_of_processes_and_every_image_
 
 @pytest.fixture(scope="session")
 def streets(tmp_path_factory):
-    """Images of 40 x 48 in which a pixel's colour says its class; 9 to train on and 5, of several sizes, to validate."""
+    """Images in which a pixel's colour says its class; 9 to train on and 5, of several sizes, to validate."""
     root = tmp_path_factory.mktemp("streets")
     for split, count in (("training", 9), ("validation", 5)):
         for i in range(count):

@@ -789,8 +789,9 @@ def add_run_arguments(parser):
                        help="processes that load images, for each training process (one per core, at most 8; built-in "
                             "set: 0)")
     group = parser.add_argument_group("run")
-    group.add_argument("--out", metavar="DIR", help="for log.jsonl, last.pt and best.pt (runs/DATA-MODEL; segmentation: "
-                                                  "runs/DATA-upernet-MODEL, and for predictions: predictions)")
+    group.add_argument("--out", metavar="DIR",
+                       help="for log.jsonl, last.pt and best.pt (runs/DATA-MODEL; segmentation: "
+                            "runs/DATA-upernet-MODEL, and for predictions: predictions)")
     group.add_argument("--resume", metavar="auto|FILE", help="auto: go on from OUT/last.pt if it is there")
     group.add_argument("--save-every", type=int, default=0, metavar="STEPS",
                        help="save last.pt between validations too")

@@ -83,8 +83,8 @@ def scan_log(a, b, h0=None, reverse=False):
 def scan_parallel(a, b, h0=None, reverse=False):
     """Ours: real-space, O(T) work in O(sqrt(T)) steps, with its gradient written out (see `_ParallelScan`).
 
-    With 0 <= a <= 1, b >= 0 and h0 >= 0 every operation adds or multiplies numbers of one sign, nothing overflows and nothing
-    cancels: in float32 it keeps the accuracy of the sequential form at any length.
+    With 0 <= a <= 1, b >= 0 and h0 >= 0 every operation adds or multiplies numbers of one sign, nothing overflows and
+    nothing cancels: in float32 it keeps the accuracy of the sequential form at any length.
     """
     return _ParallelScan.apply(a, b, h0, reverse)
 
@@ -361,7 +361,7 @@ def _gates(u):
 
 
 def _copy(x):
-    """Contiguous and in float32 at least. This and a sigmoid in place take half the time of a strided view's sigmoid."""
+    """Contiguous, in float32 at least. This and a sigmoid in place take half the time of a sigmoid of a strided view."""
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
 
 
