@@ -164,7 +164,8 @@ def measure(names, rounds, **spec):
 def table(results, batch):
     """A Markdown table: images per second, and by what the first model is faster than each and needs less memory."""
     ours = next(iter(results.values()))
-    lines = ["| model | images/s | the first is faster by | memory of a step | the first needs |", "|---|---|---|---|---|"]
+    lines = ["| model | images/s | the first is faster by | memory of a step | the first needs |",
+             "|---|---|---|---|---|"]
     for name, result in results.items():
         if "error" in result:
             lines.append(f"| {name} | {result['error'][:60]} | | | |")
