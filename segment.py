@@ -661,8 +661,8 @@ def predict(args, processes):
 # mmsegmentation's recipe for ADE20K, as the paper uses it, and what suits the built-in scenes.
 RECIPE = dict(model="tiny", channels=512, aux_channels=256, crop_size=512, scale=[0.5, 2.0], distort=1.0, iters=160_000,
               batch_size=16, lr=6e-5, warmup=1500, eval_every=4000)
-BUILT_IN = dict(model="nano", channels=64, aux_channels=32, crop_size=64, scale=[1.0, 1.0], distort=0.0, iters=1500,
-                batch_size=32, lr=1e-3, warmup=100, eval_every=300)
+BUILT_IN = dict(model="nano", channels=64, aux_channels=32, crop_size=64, scale=[1.0, 1.0], distort=0.0, iters=2200,
+                batch_size=16, lr=5e-3, warmup=200, eval_every=550)
 
 
 def build_parser():
