@@ -348,8 +348,8 @@ def _(grad, u, h, reverse):
 
 def _columns_at_once(u):
     """How many columns of u (B, rows, width, 2E) to make the gates of at a time: all, where launches cost most, on a
-    GPU, and where they fit a CPU's cache; else one, so that they are used before they have to leave the cache."""
-    return u.shape[2] if u.is_cuda or u.numel() <= 2**21 else 1
+    GPU, and where there are few; else one, so that they are used before they have to leave a CPU's cache."""
+    return u.shape[2] if u.is_cuda or u.numel() <= 2**24 else 1
 
 
 def _gates(u):

@@ -139,11 +139,9 @@ def serve(spec):
 
 def measure(names, rounds, **spec):
     """-> for each name {"seconds": [one for each round], "bytes": growth in the first step}, or {"error": ...}."""
-    # Without this an idle process's threads go on spinning for a while and disturb the one whose turn it is.
-    env = {**os.environ, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"} if spec["device"] == "cpu" else None
     results, processes = {}, {}
     for name in names:
-        process = subprocess.Popen([sys.executable, __file__, "--serve", json.dumps({"name": name, **spec})], env=env,
+        process = subprocess.Popen([sys.executable, __file__, "--serve", json.dumps({"name": name, **spec})],
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         answer = process.stdout.readline()
         if answer:
@@ -152,6 +150,7 @@ def measure(names, rounds, **spec):
             results[name] = {"error": (process.stderr.read().strip().splitlines() or ["no answer"])[-1]}
     for _ in range(rounds):
         for name, process in processes.items():
+            time.sleep(0.1)  # until the threads of the one before have stopped waiting for more work
             process.stdin.write("step\n")
             process.stdin.flush()
             results[name]["seconds"].append(json.loads(process.stdout.readline())["seconds"])
