@@ -19,7 +19,6 @@ import argparse
 import colorsys
 import contextlib
 import math
-import os
 import signal
 import sys
 import time
@@ -410,10 +409,7 @@ def train(args, processes):
     step, validated, loss_sum, best = 0, 0, 0.0, -1.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        if checkpoint["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(checkpoint["scaler"])
+        common.restore(checkpoint, optimizer, scheduler, scaler)
         step, validated, loss_sum, best = (checkpoint[name] for name in ("step", "validated", "loss_sum", "best"))
         if not (out / "best.pt").exists():  # resumed into another folder
             best = -1.0
@@ -692,12 +688,9 @@ def build_parser():
     group.add_argument("--iters", type=int, metavar="STEPS", help=default("iters"))
     group.add_argument("--batch-size", type=int, metavar="N",
                        help="images per optimizer step over all processes " + default("batch_size"))
-    group.add_argument("--accum", type=int, default=1, metavar="N", help="micro-batches per optimizer step (1)")
     group.add_argument("--lr", type=float, help="peak learning rate " + default("lr"))
-    group.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW (0.9 0.999)")
     group.add_argument("--weight-decay", type=float, default=0.01, help="on all parameters but the norms' (0.01)")
     group.add_argument("--warmup", type=int, metavar="STEPS", help=default("warmup"))
-    group.add_argument("--drop-path", type=float, default=0.0, metavar="P", help="stochastic depth (0)")
     group.add_argument("--short-side", type=int, metavar="PX",
                        help="images are resized to this shorter side, or less if the longer one would be more than 4 "
                             "times that (crop-size)")
@@ -705,15 +698,13 @@ def build_parser():
                        help="for training, times a number between these " + default("scale"))
     group.add_argument("--crop-size", type=int, metavar="PX",
                        help="side of the squares to train on, a multiple of 32 at best " + default("crop_size"))
-    group.add_argument("--flip", type=float, default=0.5, metavar="P", help="horizontal flips (0.5)")
     group.add_argument("--distort", type=float, metavar="S",
                        help="strength of the changes of brightness, contrast, saturation and hue; 0: none "
                             + default("distort"))
     group.add_argument("--eval-every", type=int, metavar="STEPS", help=default("eval_every"))
     group.add_argument("--slide", action="store_true",
                        help="validate and predict with overlapping windows of crop-size, not the whole image at once")
-    group.add_argument("--seed", type=int, default=0)
-    common.add_run_arguments(parser)
+    common.add_common_arguments(parser, group)
     return parser
 
 
@@ -740,14 +731,10 @@ def parse_arguments(argv=None):
         args.out = "predictions" if args.predict else \
             f"runs/{Path(args.data).resolve().name if args.data else 'scenes'}-upernet-{args.model}"
     check = common.check
-    check(args, ("iters", "batch_size", "accum", "channels", "aux_channels", "eval_every"),
+    common.check_common_arguments(args)
+    check(args, ("iters", "channels", "aux_channels", "eval_every"),
           lambda value: value >= 1, "a whole number of at least 1")
-    check(args, ("workers", "save_every", "lr", "weight_decay", "warmup"),
-          lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
-    check(args, ["flip"], lambda value: 0 <= value <= 1, "a probability from 0 to 1")
-    check(args, ["drop_path"], lambda value: 0 <= value < 1, "a number from 0 to below 1")
     check(args, ["distort"], lambda value: 0 <= value <= 2, "a number from 0 to 2")
-    check(args, ["betas"], lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1")
     check(args, ["scale"], lambda value: 0 < value[0] <= value[1] < math.inf, "two numbers above 0, LOW first")
     check(args, ("short_side", "crop_size"), lambda value: value is None or value >= 32, "at least 32 pixels")
     check(args, ["num_classes"], lambda value: value is None or 1 <= value < IGNORE, f"1 to {IGNORE - 1}")

@@ -431,6 +431,13 @@ def check_resumed(checkpoint, classes, train_images, args, say=print):
         say(f"note: {change}")
 
 
+def restore(checkpoint, optimizer, scheduler, scaler):
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scheduler.load_state_dict(checkpoint["scheduler"])
+    if checkpoint["scaler"] and scaler.is_enabled():  # empty unless the run was in fp16
+        scaler.load_state_dict(checkpoint["scaler"])
+
+
 def check_finite(model, where, out):
     """A UserError if the weights are lost, so that they are not saved over the last good ones."""
     if not all(t.isfinite().all() for t in model.state_dict().values()):
@@ -517,10 +524,7 @@ def train(args, processes):
         if ema:
             ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
             ema.n_averaged.fill_(checkpoint["averaged"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        if checkpoint["scaler"] and scaler.is_enabled():
-            scaler.load_state_dict(checkpoint["scaler"])
+        restore(checkpoint, optimizer, scheduler, scaler)
         epoch, step, loss_sum, best = (checkpoint[name] for name in ("epoch", "step", "loss_sum", "best"))
         if not (out / "best.pt").exists():  # resumed into another folder
             best = -1.0
@@ -752,18 +756,14 @@ def build_parser():
     group.add_argument("--epochs", type=int, help=default("epochs"))
     group.add_argument("--batch-size", type=int, metavar="N",
                        help="images per optimizer step over all processes " + default("batch_size"))
-    group.add_argument("--accum", type=int, default=1, metavar="N", help="micro-batches per optimizer step (1)")
     group.add_argument("--lr", type=float, help="peak learning rate (1e-3 x batch-size / 1024; built-in set: "
                                                 f"{BUILT_IN['lr']})")
-    group.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW (0.9 0.999)")
     group.add_argument("--weight-decay", type=float, help="on every parameter " + default("weight_decay"))
     group.add_argument("--warmup", type=float, metavar="EPOCHS", help="(epochs / 15; built-in set: "
                                                                       f"{BUILT_IN['warmup']})")
-    group.add_argument("--drop-path", type=float, default=0.0, metavar="P", help="stochastic depth (0)")
     group.add_argument("--crop-scale", type=float, metavar="S",
                        help="least share of an image that a random crop takes; 1: no random crop "
                             + default("crop_scale"))
-    group.add_argument("--flip", type=float, default=0.5, metavar="P", help="horizontal flips (0.5)")
     group.add_argument("--randaug", type=int, nargs=2, metavar=("OPS", "MAGNITUDE"), help=default("randaug"))
     group.add_argument("--erasing", type=float, metavar="P", help="random erasing " + default("erasing"))
     group.add_argument("--mixup", type=float, metavar="ALPHA", help=default("mixup"))
@@ -771,13 +771,17 @@ def build_parser():
     group.add_argument("--smoothing", type=float, help="of the labels " + default("smoothing"))
     group.add_argument("--ema", type=float, metavar="DECAY", help="moving average of the weights; 0: none "
                                                                   + default("ema"))
-    group.add_argument("--seed", type=int, default=0)
-    add_run_arguments(parser)
+    add_common_arguments(parser, group)
     return parser
 
 
-def add_run_arguments(parser):
-    """What both scripts know about the machine and the run."""
+def add_common_arguments(parser, group):
+    """What both scripts take: the end of the recipe, into `group`, and the machine and the run."""
+    group.add_argument("--accum", type=int, default=1, metavar="N", help="micro-batches per optimizer step (1)")
+    group.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], help="of AdamW (0.9 0.999)")
+    group.add_argument("--drop-path", type=float, default=0.0, metavar="P", help="stochastic depth (0)")
+    group.add_argument("--flip", type=float, default=0.5, metavar="P", help="horizontal flips (0.5)")
+    group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
@@ -816,12 +820,11 @@ def parse_arguments(argv=None):
     if args.out is None:
         args.out = f"runs/{Path(args.data).resolve().name if args.data else 'shapes'}-{args.model}"
 
-    check(args, ("epochs", "batch_size", "accum"), lambda value: value >= 1, "a whole number of at least 1")
-    check(args, ("workers", "save_every", "lr", "weight_decay", "warmup", "mixup", "cutmix"),
-          lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
-    check(args, ("flip", "erasing"), lambda value: 0 <= value <= 1, "a probability from 0 to 1")
-    check(args, ("drop_path", "ema", "smoothing"), lambda value: 0 <= value < 1, "a number from 0 to below 1")
-    check(args, ["betas"], lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1")
+    check_common_arguments(args)
+    check(args, ["epochs"], lambda value: value >= 1, "a whole number of at least 1")
+    check(args, ("mixup", "cutmix"), lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
+    check(args, ["erasing"], lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+    check(args, ("ema", "smoothing"), lambda value: 0 <= value < 1, "a number from 0 to below 1")
     check(args, ["crop_scale"], lambda value: 0 < value <= 1, "a share above 0, at most 1")
     check(args, ["img_size"], lambda value: value is None or value >= 32, "at least 32 pixels")
     check(args, ["val_resize"], lambda value: value is None or value >= (args.img_size or 32), "at least --img-size")
@@ -832,6 +835,15 @@ def parse_arguments(argv=None):
 
 def default_workers(args):
     return 0 if args.data is None else min(8, os.cpu_count() or 1)
+
+
+def check_common_arguments(args):
+    check(args, ("batch_size", "accum"), lambda value: value >= 1, "a whole number of at least 1")
+    check(args, ("workers", "save_every", "lr", "weight_decay", "warmup"),
+          lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
+    check(args, ["flip"], lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+    check(args, ["drop_path"], lambda value: 0 <= value < 1, "a number from 0 to below 1")
+    check(args, ["betas"], lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1")
 
 
 def check(args, names, good, expected):

@@ -552,8 +552,7 @@ def resize_to(x, size):
 
 
 class UPerHead(nn.Module):
-    """The decoder of UPerNet (arXiv 1807.10221): the four stages' maps -> logits (B, K, H/4, W/4),
-    rounded up.
+    """The decoder of UPerNet (arXiv 1807.10221): the four stages' maps -> logits (B, K, H/4, W/4), rounded up.
 
         pyramid pooling   the last map, averaged over grids of 1x1, 2x2, 3x3 and 6x6, sees the scene as a whole
         top-down path     from the coarsest map to the finest, each is enlarged and added to the next (FPN)

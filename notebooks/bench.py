@@ -115,22 +115,27 @@ def make_step(name, size, batch, mode, device, amp, compiled):
     return {"infer": infer, "train": train}[mode]
 
 
+def timed(run, device):
+    """The seconds that run() takes, on a GPU until it has finished."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
 def serve(spec):
     """Make steps as asked for, one per line of the standard input; answer each with its seconds, the first, which
     warms up, with its bytes too."""
     step = make_step(**spec)
-    cuda = torch.device(spec["device"]).type == "cuda"
     with Peak(spec["device"]) as peak:
         step()
     print(json.dumps({"bytes": peak.bytes}), flush=True)
     for _ in sys.stdin:
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-        print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+        print(json.dumps({"seconds": timed(step, spec["device"])}), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,17 +188,6 @@ def measure_scans(lengths, batch, hidden, rounds, device):
     """-> for each length T and scan: seconds of a forward pass and of a forward and backward pass over (batch, T,
     hidden), in turns, and bytes kept for the backward pass; and the floor of both, the time in which what must be read
     and written could be copied, at the speed of a copy measured in the same turns."""
-    cuda = torch.device(device).type == "cuda"
-
-    def timed(run):
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
     rows = []
     for T in lengths:
         a, b = torch.rand(2, batch, T, hidden, device=device)
@@ -205,9 +199,10 @@ def measure_scans(lengths, batch, hidden, rounds, device):
         for _ in range(rounds + 1):
             for name, scan in scans.items():
                 with torch.no_grad():
-                    forward = timed(lambda: scan(a, b))
-                seconds[name].append((forward, timed(lambda: torch.autograd.grad(scan(a, b), (a, b), grad))))
-            seconds["copy"].append((timed(lambda: target.copy_(grad)),))
+                    forward = timed(lambda: scan(a, b), device)
+                both = timed(lambda: torch.autograd.grad(scan(a, b), (a, b), grad), device)
+                seconds[name].append((forward, both))
+            seconds["copy"].append((timed(lambda: target.copy_(grad), device),))
         copy, = medians(seconds.pop("copy"))
         for name, scan in scans.items():
             kept = {}
