@@ -5,7 +5,7 @@
     Xiao et al., "Unified Perceptual Parsing for Scene Understanding" (UPerNet), arXiv 1807.10221
     Heinsen, "Efficient Parallelization of a Ubiquitous Sequential Computation" (log-space scan), arXiv 2311.06281
 
-Read it from top to bottom; each part uses only what stands above it:
+Read it from top to bottom; each part uses only the parts above it:
 
     1. the linear recurrence h_t = a_t h_{t-1} + b_t, computed in three ways that agree
     2. MinGRU, a recurrent layer whose gates do not look at the state, so that it is such a recurrence
@@ -19,7 +19,7 @@ Letters, in the code and in the papers:
 
     B        images, or sequences, in a batch
     T        length of a sequence; for an image T = H W, its pixels row after row (raster order)
-    H, W     height and width of a feature map
+    H, W     height and width of a feature map, or of an image where it says so
     C, dim   channels of a feature map (the paper's D at stage 1, then 2D, 4D, 8D)
     K        classes, of images or of pixels
     E        hidden width of a minGRU, E = expansion * dim
@@ -36,6 +36,7 @@ import math
 import os
 import re
 import warnings
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -66,18 +67,21 @@ def scan_sequential(a, b, h0=None, reverse=False):
 def scan_log(a, b, h0=None, reverse=False):
     """The minGRU paper's parallel form (arXiv 2410.01201, appendix B): with A_t = a_1 a_2 ... a_t,
 
-        h_t = A_t (h_0 + sum_{s<=t} b_s / A_s) = exp(log A_t + logcumsumexp_{s<=t}(log b_s - log A_s)).
+        h_t = A_t (h_0 + sum_{s<=t} b_s / A_s) = exp(log A_t + logcumsumexp_{s<=t}(log b_s - log A_s)),
 
-    It needs a >= 0, b >= 0 and h0 >= 0. log A_t grows with t, so a rounding error of one part in 10^7 of it becomes an
-    ever larger relative error of h_t: in float32 some 1e-2 at T = 65,536. Kept for comparison.
+    where h_0 has gone into b_1. It needs a >= 0, b >= 0 and h0 >= 0. |log A_t| grows with t, float32 rounds it to one
+    part in 10^7, and the absolute error of a logarithm is the relative error of h_t: some 1e-2 at T = 65,536. Kept for
+    comparison.
     """
     if reverse:
         return scan_log(a.flip(1), b.flip(1), h0).flip(1)
     if h0 is not None:  # h_1 = a_1 h_0 + b_1: the state before the first element goes into the first b
         b = torch.cat([torch.addcmul(b[:, :1], a[:, :1], h0[:, None]), b[:, 1:]], dim=1)
+    # In float32 at least: log A_t leaves float16's range.
+    dtype, a, b = b.dtype, *(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
     tiny = torch.finfo(a.dtype).tiny  # a gate that is fully open has a = 0; what it forgets is below rounding anyhow
     log_A = a.clamp_min(tiny).log().cumsum(dim=1)
-    return (log_A + torch.logcumsumexp(b.clamp_min(tiny).log() - log_A, dim=1)).exp()
+    return (log_A + torch.logcumsumexp(b.clamp_min(tiny).log() - log_A, dim=1)).exp().to(dtype)
 
 
 def scan_parallel(a, b, h0=None, reverse=False):
@@ -90,17 +94,17 @@ def scan_parallel(a, b, h0=None, reverse=False):
 
 
 class _ParallelScan(torch.autograd.Function):
-    """With G_t = dL/dh_t as seen through all later states,
+    """With grad_t the gradient that h_t receives directly, and G_t what it receives through the later states as well,
 
-        G_t = dL/dh_t (direct) + a_{t+1} G_{t+1},    dL/db_t = G_t,    dL/da_t = G_t h_{t-1},    dL/dh_0 = a_1 G_1:
+        G_t = grad_t + a_{t+1} G_{t+1},    dL/db_t = G_t,    dL/da_t = G_t h_{t-1},    dL/dh_0 = a_1 G_1:
 
     the gradient of a scan is the same scan run backwards, so `backward` calls the forward pass with the direction
-    turned round. Only a and h are kept for it, and it can itself be differentiated.
+    turned round. Only a, h and h0 are kept for it, and it can itself be differentiated.
     """
 
     @staticmethod
     def forward(ctx, a, b, h0, reverse):
-        h = _scan_rows(a, b, h0, reverse)
+        h = _scan(a, b, h0, reverse)
         ctx.save_for_backward(a, h, h0)
         ctx.reverse = reverse
         return h
@@ -108,80 +112,83 @@ class _ParallelScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         a, h, h0 = ctx.saved_tensors
-        before = torch.zeros_like(h[:, :1]) if h0 is None else h0[:, None]
-        # "next" and "previous" in the scan's own time. roll wraps the first a round to the end, where it meets the
-        # zero state that the backward scan starts from.
-        if ctx.reverse:
-            first, a_next, h_previous = -1, a.roll(1, dims=1), torch.cat([h[:, 1:], before], dim=1)
-        else:
-            first, a_next, h_previous = 0, a.roll(-1, dims=1), torch.cat([before, h[:, :-1]], dim=1)
-        G = _ParallelScan.apply(a_next, grad, None, not ctx.reverse)
-        return G * h_previous, G, None if h0 is None else a[:, first] * G[:, first], None
+        # roll brings each a to the element before it. It wraps the first a round to the end, where it meets the zero
+        # state that the backward scan starts from.
+        first, shift = (-1, 1) if ctx.reverse else (0, -1)
+        G = _ParallelScan.apply(a.roll(shift, dims=1), grad, None, not ctx.reverse)
+        return G * _before(h, h0, ctx.reverse), G, None if h0 is None else a[:, first] * G[:, first], None
 
 
-# An operator of its own, so that torch.compile and torch.export see one node instead of thousands of small steps.
-@torch.library.custom_op("visiongru::scan_rows", mutates_args=())
-def _scan_rows(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
-    """Cut the sequence into about sqrt(T) rows of as many elements, as an image is rows of pixels, and
+# An operator of its own, so that torch.compile and torch.export see one node instead of many small steps.
+@torch.library.custom_op("visiongru::scan", mutates_args=())
+def _scan(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
+    """The forward pass of `scan_parallel`."""
+    h = torch.empty_like(b, memory_format=torch.contiguous_format)
+    for piece, width in _pieces(h, reverse):
+        h0 = _scan_piece(a[:, piece], b[:, piece], h0, reverse, h[:, piece], width)
+    return h
+
+
+@_scan.register_fake
+def _(a, b, h0, reverse):
+    return torch.empty_like(b, memory_format=torch.contiguous_format)
+
+
+def _pieces(h, reverse, at_most=None):
+    """Cut the T steps of h (B, T, E) into pieces of about `at_most` numbers, by default into one. `_scan_piece` sees
+    each as rows of `width` steps, about as many rows as steps in a row: yields the piece's slice of T, in the order of
+    time, and its width. What does not fill whole rows is left for shorter pieces: T = 50 gives 49 = 7 x 7, then 1.
+    """
+    B, T, E = h.shape
+    longest = T if at_most is None else max(1, at_most // max(1, B * E))
+    done = 0
+    while done < T:
+        length = min(longest, T - done)
+        width = math.isqrt(length)
+        length -= length % width
+        yield slice(T - done - length, T - done) if reverse else slice(done, done + length), width
+        done += length
+
+
+def _scan_piece(a, b, h0, reverse, h, width):
+    """Write a scan's states into h. The sequence is seen as rows of `width` steps, whatever the image's rows are:
 
         1. scan all rows at once from a zero state, keeping only each row's end and the product of its a's;
         2. carry from row to row: a recurrence over the rows' ends gives the state before each row;
         3. scan all rows at once again, each from its true state, and write every h_t.
 
-    That is about 3 sqrt(T) steps. A step works on the t-th elements of all rows, a column (B, rows, E): a strided view.
+    That is 2 width + rows operations. One of 1 and 3 works on one step of each row, a column (B, rows, E): a strided
+    view. Returns the state after the last step, (B, E).
     """
-    T, a, b = b.shape[1], _as_rows(a, reverse), _as_rows(b, reverse)
-    h = torch.empty_like(b, memory_format=torch.contiguous_format)
-    state = _row_starts(zip(_columns(a, reverse), _columns(b, reverse)), h0, reverse)
-    for a_t, b_t, h_t in zip(*(_columns(x, reverse) for x in (a, b, h))):
+    a, b, h = (_in_time(x.unflatten(1, (-1, width)).unbind(2), reverse) for x in (a, b, h))  # now tuples of columns
+
+    product, end = a[0].clone(), b[0].clone()
+    for a_t, b_t in zip(a[1:], b[1:]):
+        torch.addcmul(b_t, a_t, end, out=end)
+        product *= a_t
+
+    before = torch.zeros_like(end)
+    if h0 is not None:
+        before[:, -1 if reverse else 0] = h0
+    rows = zip(*(_in_time(x.unbind(1), reverse) for x in (product, end, before)))
+    for (product_r, end_r, before_r), (_, _, before_next) in pairwise(rows):
+        torch.addcmul(end_r, product_r, before_r, out=before_next)
+
+    state = before
+    for a_t, b_t, h_t in zip(a, b, h):
         state = torch.addcmul(b_t, a_t, state, out=h_t)
-    return _as_sequence(h, T, reverse)
+    return state[:, 0 if reverse else -1]
 
 
-@_scan_rows.register_fake
-def _(a, b, h0, reverse):
-    return torch.empty_like(b, memory_format=torch.contiguous_format)
-
-
-def _as_rows(x, reverse):
-    """(B, T, E) -> (B, rows, width, E), both near sqrt(T): a view, unless T has no such divisor and must be filled up
-    with zeros, beyond the end in time, where no earlier state sees them."""
-    T = x.shape[1]
-    root = math.isqrt(T)
-    width = next((w for w in range(root, root // 2, -1) if T % w == 0), root)
-    rows = math.ceil(T / width)
-    missing = rows * width - T
-    if missing:
-        x = F.pad(x, (0, 0, missing, 0) if reverse else (0, 0, 0, missing))
-    return x.unflatten(1, (rows, width))
-
-
-def _as_sequence(x, T, reverse):
-    """The way back: (B, rows, width, E) -> (B, T, E)."""
-    x = x.flatten(1, 2)
-    return x if x.shape[1] == T else (x[:, -T:] if reverse else x[:, :T]).clone(memory_format=torch.contiguous_format)
-
-
-def _columns(x, reverse, at_once=None):
-    """(B, rows, width, E) -> its columns (B, rows, E), or parts of `at_once` columns, views in the order of time."""
-    parts = x.split(at_once, dim=2) if at_once else x.unbind(2)
+def _in_time(parts, reverse):
+    """The parts in the order of time."""
     return parts[::-1] if reverse else parts
 
 
-def _row_starts(columns, h0, reverse):
-    """Steps 1 and 2: the columns' (a, b) in the order of time, each (B, rows, E) -> the state before each row."""
-    columns = iter(columns)
-    product, end = (x.clone() for x in next(columns))
-    for a, b in columns:
-        torch.addcmul(b, a, end, out=end)
-        product *= a
-    starts = torch.empty_like(end)
-    row, *rows = range(end.shape[1])[::-1] if reverse else range(end.shape[1])
-    starts[:, row] = 0 if h0 is None else h0
-    for following in rows:
-        torch.addcmul(end[:, row], product[:, row], starts[:, row], out=starts[:, following])
-        row = following
-    return starts
+def _before(h, h0, reverse):
+    """The state before each element: h (B, T, E) moved by one in time, with h0 (B, E), or zero, before the first."""
+    first = torch.zeros_like(h[:, :1]) if h0 is None else h0[:, None]
+    return torch.cat([h[:, 1:], first], dim=1) if reverse else torch.cat([first, h[:, :-1]], dim=1)
 
 
 SCANS = {"parallel": scan_parallel, "log": scan_log, "sequential": scan_sequential}
@@ -215,7 +222,7 @@ class MinGRU(nn.Module):
         if scan not in SCANS:
             raise ValueError(f"scan is {scan!r}; expected one of {', '.join(map(repr, SCANS))}")
         hidden = dim * expansion
-        if dim < 1 or hidden < 1 or dim != int(dim) or hidden != int(hidden):
+        if not isinstance(dim, int) or dim < 1 or hidden < 1 or hidden % 1:
             raise ValueError(f"dim is {dim} and expansion {expansion}; expected dim and dim * expansion to be "
                              f"positive whole numbers")
         self.scan = scan
@@ -263,6 +270,9 @@ class _ParallelMinGRU(torch.autograd.Function):
 
         dL/d(W_h x)_t = G_t z_t g'(W_h x_t),
         dL/d(W_z x)_t = G_t a_t z_t (h~_t - h_{t-1}) = G_t z_t (h~_t - h_t).
+
+    (From h_t = a_t h_{t-1} + z_t h~_t follows h~_t - h_t = a_t (h~_t - h_{t-1}). Near a_t = 0 the difference loses its
+    digits, but is then below the rounding of the other gradients.)
     """
 
     @staticmethod
@@ -286,20 +296,12 @@ class _ParallelMinGRU(torch.autograd.Function):
 
 @torch.library.custom_op("visiongru::min_gru", mutates_args=())
 def _min_gru(u: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
-    """u (B, T, 2E) -> h (B, T, E) by the three steps of `_scan_rows`; the gates are made a few columns at a time."""
-    T, u = u.shape[1], _as_rows(u, reverse)
-    h = u.new_empty(*u.shape[:3], u.shape[3] // 2, dtype=torch.promote_types(u.dtype, torch.float32))
-    at_once = _columns_at_once(u)
-
-    def columns():
-        for part in _columns(u, reverse, at_once):
-            a, z, candidate = _gates(part)
-            yield from zip(_columns(a, reverse), _columns(z.mul_(candidate), reverse))
-    coefficients = list(columns()) if at_once == u.shape[2] else None  # else made again for the second pass over them
-    state = _row_starts(coefficients or columns(), h0, reverse)
-    for (a, b), h_t in zip(coefficients or columns(), _columns(h, reverse)):
-        state = torch.addcmul(b, a, state, out=h_t)
-    return _as_sequence(h, T, reverse)
+    """u (B, T, 2E) -> h (B, T, E)."""
+    h = u.new_empty(*u.shape[:2], u.shape[2] // 2, dtype=torch.promote_types(u.dtype, torch.float32))
+    for piece, width in _pieces(h, reverse, _piece_size(h)):
+        a, z, candidate = _gates(u[:, piece])
+        h0 = _scan_piece(a, z.mul_(candidate), h0, reverse, h[:, piece], width)
+    return h
 
 
 @_min_gru.register_fake
@@ -309,36 +311,28 @@ def _(u, h0, reverse):
 
 @torch.library.custom_op("visiongru::min_gru_backward", mutates_args=())
 def _min_gru_backward(grad: Tensor, u: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """dL/dh_t (direct) (B, T, E), u, h -> dL/du (B, T, 2E), dL/dh_0 (B, E). What is scanned, against the forward
-    direction, is K_t = a_t G_t, since it needs each column's own a, where G_t needs that of the next:
+    """grad (B, T, E), u, h -> dL/du (B, T, 2E), dL/dh_0 (B, E). What is scanned, against the forward direction, is
+    K_t = a_t G_t and not G_t itself, since that needs a_{t+1}, which may lie in another piece:
 
-        G_t = dL/dh_t (direct) + K_{t+1},    K_t = a_t K_{t+1} + a_t dL/dh_t (direct),    dL/dh_0 = K_1.
-
-    Where `_as_rows` fills up with zeros this scan meets them first; their gradient is zero, and K stays zero.
+        K_t = a_t K_{t+1} + a_t grad_t,    G_t = grad_t + K_{t+1},    dL/dh_0 = K_1.
     """
-    T, E, against = u.shape[1], h.shape[2], not reverse
-    grad, u, h = (_as_rows(x, reverse) for x in (grad, u, h))
+    E, against = h.shape[2], not reverse
     du = torch.empty_like(u, memory_format=torch.contiguous_format)
-    at_once = _columns_at_once(u)
-
-    def columns():
-        for u_part, grad_part in zip(*(_columns(x, against, at_once) for x in (u, grad))):
-            a = _copy(u_part[..., E:]).neg_().sigmoid_()
-            yield from zip(_columns(a, against), _columns(a * grad_part, against))
-    K = _row_starts(columns(), None, against)
-    for grad_part, u_part, h_part, du_part in zip(*(_columns(x, against, at_once) for x in (grad, u, h, du))):
-        a, z, candidate = _gates(u_part)
-        G = torch.empty_like(a)
-        for grad_t, a_t, G_t in zip(*(_columns(x, against) for x in (grad_part, a, G))):
-            K = a_t * torch.add(grad_t, K, out=G_t)
-        G *= z
-        # g' is 1 where h~ >= 1/2 and h~ (1 - h~) below. A mix of the two takes a tenth of torch.where's time.
+    K_after = None  # the K_{t+1} of a piece's last step
+    for piece, width in _pieces(h, against, _piece_size(h)):
+        a, z, candidate = _gates(u[:, piece])
+        K = torch.empty_like(a)
+        K_first = _scan_piece(a, a * grad[:, piece], K_after, against, K, width)
+        G_z = _before(K, K_after, against).add_(grad[:, piece]).mul_(z)  # "before" in this scan's order: K_{t+1}
+        K_after = K_first
+        # g' is 1 where h~ >= 1/2 and h~ (1 - h~) below. A mix of the two takes a tenth of torch.where's time; a and z,
+        # not needed any more, lend their memory.
         above = torch.ge(candidate, 0.5, out=a)  # 0 or 1
-        slope = candidate.clamp(max=0.5)
+        slope = torch.clamp(candidate, max=0.5, out=z)
         slope = slope.addcmul_(slope, slope, value=-1).lerp_(slope.new_ones(()), above)
-        torch.mul(G, slope, out=du_part[..., :E])
-        torch.mul(G, candidate.sub_(h_part), out=du_part[..., E:])
-    return _as_sequence(du, T, reverse), K[:, -1 if reverse else 0].clone()
+        torch.mul(G_z, slope, out=du[:, piece, :E])
+        torch.mul(G_z, candidate.sub_(h[:, piece]), out=du[:, piece, E:])
+    return du, K_after.clone()  # not a view of K
 
 
 @_min_gru_backward.register_fake
@@ -346,14 +340,15 @@ def _(grad, u, h, reverse):
     return torch.empty_like(u, memory_format=torch.contiguous_format), torch.empty_like(h[:, 0])
 
 
-def _columns_at_once(u):
-    """How many columns of u (B, rows, width, 2E) to make the gates of at a time: all, where launches cost most, on a
-    GPU, and where there are few; else one, so that they are used before they have to leave a CPU's cache."""
-    return u.shape[2] if u.is_cuda or u.numel() <= 2**24 else 1
+def _piece_size(h):
+    """The numbers of h to work on at a time: on a CPU so few that all that is made of them on the way stays in its
+    cache until it is used. On a GPU, where launches cost more than memory, no limit (None)."""
+    return 2**19 if h.device.type == "cpu" else None
 
 
 def _gates(u):
-    """u (..., 2E) -> a, z and h~, new tensors (..., E), in few passes over memory."""
+    """What `coefficients` computes, without autograd and in few passes over memory: u (..., 2E) -> a, z and h~, new
+    tensors (..., E)."""
     candidate, gate = u.chunk(2, dim=-1)
     a, z, candidate = _copy(gate).neg_().sigmoid_(), _copy(gate).sigmoid_(), _copy(candidate)
     below = candidate.sigmoid()
@@ -361,7 +356,7 @@ def _gates(u):
 
 
 def _copy(x):
-    """Contiguous, in float32 at least. With a sigmoid in place, half the time of a strided view's sigmoid."""
+    """Contiguous, in float32 at least. To copy and take the sigmoid in place halves the time of a strided view's."""
     return x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
 
 
@@ -375,7 +370,8 @@ class GRU2D(nn.Module):
         from the left    sum_{m <= L} [prod_{k=m+1..L} (1 - z_k)] z_m h~_m      through `left`, and
         from the right   sum_{m >= L} [prod_{k=L..m-1} (1 - z_k)] z_m h~_m      through `right`,
 
-    each with weights of its own; the two outputs are added. x (B, H, W, C) -> (B, H, W, C), any H and W.
+    each with weights of its own; the two outputs are added. (Both sums take in L itself.) x (B, H, W, C) ->
+    (B, H, W, C), any H and W.
     """
 
     def __init__(self, dim, expansion=2, scan="parallel"):
@@ -465,7 +461,8 @@ class VisionGRU(nn.Module):
         mlp_ratio: hidden width of the FFNs, likewise.
         drop_path: stochastic depth: the probability of the last block; it grows linearly from 0 at the first.
         scan: "parallel", "log" or "sequential", as in `MinGRU`; all have the same parameters and results.
-        checkpoint: in training keep each block's input alone, and compute the block again for the gradient.
+        checkpoint: in training keep only the inputs of stem, blocks and downsampling, and compute each again for the
+            gradient: about half the memory.
     Raises:
         ValueError: sizes that make no sense, with what was expected.
     """
@@ -473,19 +470,19 @@ class VisionGRU(nn.Module):
     def __init__(self, num_classes=1000, dim=72, depths=(2, 2, 8, 2), expansion=2, mlp_ratio=4, drop_path=0.0,
                  scan="parallel", checkpoint=False):
         super().__init__()
-        if len(depths) != 4 or any(depth != int(depth) or depth < 1 for depth in depths):
+        if len(depths) != 4 or any(not isinstance(depth, int) or depth < 1 for depth in depths):
             raise ValueError(f"depths is {depths!r}; expected four whole numbers of at least 1, one for each stage")
-        if dim != int(dim) or dim < 2 or dim % 2:
+        if not isinstance(dim, int) or dim < 2 or dim % 2:
             raise ValueError(f"dim is {dim}; expected an even number of at least 2 (the stem starts with half of it)")
-        if num_classes != int(num_classes) or num_classes < 1:
+        if not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}; expected a whole number of at least 1")
         if mlp_ratio * dim < 1:
-            raise ValueError(f"mlp_ratio is {mlp_ratio}; expected a positive number")
+            raise ValueError(f"mlp_ratio is {mlp_ratio}; expected mlp_ratio * dim to be at least 1")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path is {drop_path}; expected a probability of at least 0 and below 1")
         self.num_classes, self.checkpoint = num_classes, checkpoint
         self.dims = [dim * 2**stage for stage in range(4)]
-        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        rates = (drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
         self.stem = Stem(dim)
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(width, expansion, mlp_ratio, next(rates), scan) for _ in range(depth)))
@@ -509,13 +506,17 @@ class VisionGRU(nn.Module):
         if not x.is_floating_point():
             raise ValueError(f"images are {x.dtype}; expected floating point, scaled and normalised "
                              f"(for bytes: torchvision's to_dtype(x, torch.float32, scale=True), then normalize)")
-        x = self.stem(x.to(self.stem.conv1.weight.dtype))
+
+        def run(part, x):
+            return checkpoint(part, x, use_reentrant=False) if self.checkpoint and self.training else part(x)
+
+        x = run(self.stem, x.to(self.stem.conv1.weight.dtype))
         maps = []
         for i, stage in enumerate(self.stages):
             if i > 0:
-                x = self.downsamples[i - 1](x)
+                x = run(self.downsamples[i - 1], x)
             for block in stage:
-                x = checkpoint(block, x, use_reentrant=False) if self.checkpoint and self.training else block(x)
+                x = run(block, x)
             maps.append(to_channels_first(x))
         return maps
 
@@ -613,7 +614,7 @@ class UPerNet(nn.Module):
     def __init__(self, backbone, num_classes, channels=512, aux_channels=256):
         super().__init__()
         for name, value in ("num_classes", num_classes), ("channels", channels), ("aux_channels", aux_channels):
-            if value != int(value) or value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value}; expected a whole number of at least 1")
         self.num_classes = num_classes
         backbone.head = nn.Identity()
@@ -692,7 +693,7 @@ def named_weights(source, name="the state dict"):
 
 def why_unread(error):
     """One line that says why torch.load(..., weights_only=True) failed."""
-    if "Unsupported global" in str(error):
+    if "unsupported global" in str(error).lower():
         return ("it holds Python objects beside the tensors, and to load those is to run code. If you trust it, keep "
                 "the tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], OTHER_FILE)")
     return (str(error).splitlines() or [type(error).__name__])[0]

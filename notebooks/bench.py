@@ -175,7 +175,7 @@ def table(results, batch):
             lines.append(f"| {name} | {result['error'][:60]} | | | |")
             continue
         ratio = statistics.median(b / a for a, b in zip(ours["seconds"], result["seconds"]))
-        lines.append(f"| {name} | {batch / statistics.median(result['seconds']):.2f} | {ratio:.2f}x "
+        lines.append(f"| {name} | {batch / statistics.median(result['seconds']):.3g} | {ratio:.2f}x "
                      f"| {result['bytes'] / GIB:.2f} GiB | {ours['bytes'] / result['bytes']:.2f}x |")
     return "\n".join(lines)
 
@@ -190,8 +190,7 @@ def measure_scans(lengths, batch, hidden, rounds, device):
     and written could be copied, at the speed of a copy measured in the same turns."""
     rows = []
     for T in lengths:
-        a, b = torch.rand(2, batch, T, hidden, device=device)
-        a.requires_grad_(), b.requires_grad_()
+        a, b = (torch.rand(batch, T, hidden, device=device).requires_grad_() for _ in range(2))
         grad, target = torch.randn(2, batch, T, hidden, device=device)
         # Autograd through the loop takes time that grows with the square of T: half a minute at 12,544.
         scans = {name: scan for name, scan in visiongru.SCANS.items() if name != "sequential" or T <= 4096}
