@@ -17,7 +17,6 @@ file in order: the built-in scenes; data; the score; the training loop; evaluati
 
 import argparse
 import colorsys
-import contextlib
 import math
 import signal
 import sys
@@ -114,7 +113,7 @@ class LabelledImages(Dataset):
 
     def read_mask(self, path):
         try:
-            with Image.open(path) as file:
+            with Image.open(path, formats=["PNG", "BMP", "TIFF", "PPM"]) as file:  # whatever its name says
                 labels = v2.functional.pil_to_tensor(file).to(torch.int64)
                 mode = file.mode
         except Exception as error:
@@ -292,19 +291,25 @@ def label_map(logits, size):
 
 
 @torch.inference_mode()
-def evaluate(model, loader, device, dtype=None, window=None):
-    """Exact over all processes: the pixels of class i that were taken for class j, (K, K), at each label map's size."""
+def evaluate(model, loader, device, dtype=None, window=None, stop=None):
+    """Exact over all processes: the pixels of class i that were taken for class j, (K, K), at each label map's size.
+    None if the StopSignal `stop` came first."""
     model.eval()
     torch.backends.cudnn.benchmark = False  # images come in many sizes, and it would try all algorithms for each
     K = model.num_classes
     confusion = torch.zeros(K * K, dtype=torch.int64, device=device)
     for image, mask in loader:
+        if stop and stop.number:
+            break
         image = image.to(device, memory_format=torch.channels_last, non_blocking=True)
         mask = mask[0].to(device, non_blocking=True).long()
         predicted = label_map(class_logits(model, image, dtype, window), mask.shape)
         known = mask != IGNORE
         confusion += torch.bincount(mask[known] * K + predicted[known], minlength=K * K)
-    confusion = torch.tensor(common.all_sum(confusion.tolist(), device), dtype=torch.float64).view(K, K)
+    *confusion, stopped = common.all_sum([*confusion.tolist(), stop.number if stop else 0], device)
+    if stopped:
+        return None
+    confusion = torch.tensor(confusion, dtype=torch.float64).view(K, K)
     if confusion.sum() == 0:
         raise UserError("the validation set has no pixel with a label that is not ignored; there is nothing to score")
     return confusion
@@ -387,9 +392,10 @@ def train(args, processes):
                 "mean": list(MEAN), "std": list(STD), "classes": classes, "zero_is_ignore": args.zero_is_ignore,
                 "ignore_label": args.ignore_label, "train_images": len(train_data)}
     if checkpoint:
-        if "decode_head.conv_seg.weight" not in checkpoint["model"]:
-            raise UserError(f"--resume {args.resume}: this is a classifier's run, of train.py")
-        common.check_resumed(checkpoint, classes, len(train_data), args, say)
+        with common.must_fit(args):
+            if "decode_head.conv_seg.weight" not in checkpoint["model"]:
+                raise UserError(f"--resume {args.resume}: this is a classifier's run, of train.py")
+            common.check_resumed(checkpoint, classes, len(train_data), args, say)
 
     # Model, optimizer, schedule.
     torch.manual_seed(args.seed)
@@ -408,9 +414,10 @@ def train(args, processes):
     dtype, scaler = common.precision(args.amp, device)
     step, validated, loss_sum, best = 0, 0, 0.0, -1.0
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        common.restore(checkpoint, optimizer, scheduler, scaler)
-        step, validated, loss_sum, best = (checkpoint[name] for name in ("step", "validated", "loss_sum", "best"))
+        with common.must_fit(args):
+            model.load_state_dict(checkpoint["model"])
+            common.restore(checkpoint, optimizer, scheduler, scaler)
+            step, validated, loss_sum, best = (checkpoint[name] for name in ("step", "validated", "loss_sum", "best"))
         if not (out / "best.pt").exists():  # resumed into another folder
             best = -1.0
     network = common.parallel_model(torch.compile(model) if args.compile else model, processes)
@@ -418,6 +425,9 @@ def train(args, processes):
     val_loader = common.make_loader(common.Seeded(val_data, eval_transform(args.short_side)),
                                     common.evaluation_batches(len(val_data), 1, processes), args.workers, device)
     window = args.crop_size if args.slide else None
+
+    def loss_of(images, masks):
+        return segmentation_loss(network(images.contiguous(memory_format=torch.channels_last)), masks.long())
 
     def save(name, **more):
         if main:
@@ -449,50 +459,25 @@ def train(args, processes):
         loader = common.make_loader(stream, batches, args.workers, device)
         network.train()
         torch.backends.cudnn.benchmark = True
-        began, first, rate = time.perf_counter(), step, 0.0
-        bar = tqdm(total=args.iters, initial=step, unit="step", leave=False, dynamic_ncols=True,
-                   disable=None if main else True)
-        for number, (images, masks) in enumerate(loader, start=step * args.accum):
-            micro = number % args.accum
-            if micro == 0:
-                # All that is random in a step comes from its number, so that a resumed run has nothing to restore.
-                torch.manual_seed(random_seed(args.seed, "step", step, processes.rank))
-                loss_here = 0.0
-            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-            masks = masks.to(device, non_blocking=True).long()
-            complete = micro == args.accum - 1  # gradients are exchanged once for all micro-batches
-            with contextlib.nullcontext() if complete or processes.count == 1 else network.no_sync():
-                with common.autocast(dtype, device):
-                    loss = segmentation_loss(network(images), masks) / args.accum
-                scaler.scale(loss).backward()
-            loss_here += loss.item()
-            if not complete:
-                continue
-            lr = scheduler.get_last_lr()[0]
-            loss_here, stopping = common.all_sum([loss_here / processes.count, stop.number], device)
-            common.check_loss(loss_here, f"step {step + 1} of {args.iters}", lr, out)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
+        began, rate = time.perf_counter(), 0.0
+        for loss, rate, stopping in common.optimizer_steps(loader, loss_of, network, optimizer, scheduler, scaler,
+                                                           dtype, args, processes, stop, step, args.iters):
             step += 1
-            loss_sum += loss_here
-            rate = (step - first) * args.batch_size / (time.perf_counter() - began)
-            bar.update()
-            bar.set_postfix_str(f"loss {loss_here:.3f}, lr {lr:.2e}, {rate:,.1f} images/s", refresh=False)
+            loss_sum += loss
             if stopping:
-                bar.close()
                 save_last()
                 return leave()
             if args.save_every and step % args.save_every == 0 and step < until:
                 save_last()
-        bar.close()
         save_last()  # validation takes a while, and a resumed run begins with it
 
         if processes.count > 1:  # each process has its own running statistics; the checkpoint's are the first one's
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
-        result = scores(evaluate(model, val_loader, device, dtype, window))
+        confusion = evaluate(model, val_loader, device, dtype, window, stop)
+        if confusion is None:
+            return leave()
+        result = scores(confusion)
         lr = scheduler.get_last_lr()[0]
         loss_mean = loss_sum / (step - validated)
         say(f"step {step:6d}/{args.iters}  loss {loss_mean:.4f}  lr {lr:.2e}  {summary(result)}  {rate:,.1f} images/s  "
@@ -528,8 +513,9 @@ def model_from_checkpoint(args):
     if not args.weights:
         raise UserError("--eval and --predict need a checkpoint: --weights FILE")
     checkpoint = common.load_checkpoint(args.weights)
-    settings = {"model": args.model, "short_side": 512, "crop_size": 512, "mean": MEAN, "std": STD, "classes": None,
-                "zero_is_ignore": True, "ignore_label": IGNORE, **checkpoint.get("settings", {})}
+    settings = common.settings_in(checkpoint, args.weights, {
+        "model": args.model, "short_side": 512, "crop_size": 512, "mean": MEAN, "std": STD, "classes": None,
+        "zero_is_ignore": True, "ignore_label": IGNORE})
     for name in ("short_side", "crop_size", "zero_is_ignore", "ignore_label"):  # what was asked for comes first
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
@@ -617,10 +603,7 @@ def predict(args, processes):
             raise UserError(f"{stems[path.stem]} and {path} would be written to the same file in {args.out}; predict "
                             f"them one by one, with another --out")
     out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot make this folder: {error.strerror}") from None
+    common.make_folder(out)
     model.to(processes.device, memory_format=torch.channels_last)
     torch.backends.cudnn.benchmark = False
     dtype, _ = common.precision(args.amp, processes.device)
@@ -735,8 +718,10 @@ def parse_arguments(argv=None):
     check(args, ("iters", "channels", "aux_channels", "eval_every"),
           lambda value: value >= 1, "a whole number of at least 1")
     check(args, ["distort"], lambda value: 0 <= value <= 2, "a number from 0 to 2")
-    check(args, ["scale"], lambda value: 0 < value[0] <= value[1] < math.inf, "two numbers above 0, LOW first")
-    check(args, ("short_side", "crop_size"), lambda value: value is None or value >= 32, "at least 32 pixels")
+    check(args, ["scale"], lambda value: 0 < value[0] <= value[1] <= 16, "two numbers above 0, LOW first, at most 16")
+    check(args, ("short_side", "crop_size"), lambda value: value is None or 32 <= value <= common.MOST_PIXELS,
+          f"at least 32 pixels, at most {common.MOST_PIXELS}")
+    check(args, ["ignore_label"], lambda value: value is None or -2**31 <= value < 2**31, "a number of 32 bits at most")
     check(args, ["num_classes"], lambda value: value is None or 1 <= value < IGNORE, f"1 to {IGNORE - 1}")
     if args.weights and args.backbone_weights:
         raise UserError("--weights and --backbone-weights: give one of the two")

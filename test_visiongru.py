@@ -1,14 +1,22 @@
 """What VisionGRU promises, each promise on the smallest case that could break it. `pytest` runs all of it."""
 
+import contextlib
+import io
+import itertools
 import json
 import math
 import os
+import random
 import re
+import resource
+import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -28,12 +36,14 @@ HERE = Path(__file__).parent
 MICRO = dict(dim=8, depths=(1, 1, 2, 1))
 
 
+HANDLERS = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 @pytest.fixture(autouse=True)
 def repeatable():
     torch.manual_seed(0)
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     yield
-    for number, handler in handlers:
+    for number, handler in HANDLERS:  # pytest's own, which a run of ours replaces
         signal.signal(number, handler)
 
 
@@ -165,13 +175,12 @@ def test_step_equals_the_whole_sequence_and_the_state_carries(scan):
     torch.testing.assert_close(h_13, h_T)
 
 
-@pytest.mark.parametrize("at_once", [True, False], ids=["all columns at once", "column by column"])
+@pytest.mark.parametrize("size", [2**19, 100, 1], ids=["in one piece", "in pieces", "step by step"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("with_h0", [False, True])
 @pytest.mark.parametrize("T", [1, 2, 3, 12, 37, 1009])
-def test_mingru_in_parallel_is_the_loop_in_value_and_gradient(T, with_h0, reverse, at_once, monkeypatch):
-    if not at_once:
-        monkeypatch.setattr(visiongru, "_columns_at_once", lambda u: 1)
+def test_mingru_in_parallel_is_the_loop_in_value_and_gradient(T, with_h0, reverse, size, monkeypatch):
+    monkeypatch.setattr(visiongru, "_piece_size", lambda h: size)
     loop, ours = MinGRU(3, 2, "sequential").double(), MinGRU(3, 2, "parallel").double()
     ours.load_state_dict(loop.state_dict())
     x = torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True)
@@ -201,7 +210,7 @@ def test_at_zero_input_both_forms_have_the_same_gradient():
 def test_the_operators_are_what_the_compiler_is_told(shape, reverse):
     u, h0 = torch.randn(shape), torch.rand(shape[0], shape[2] // 2)
     h = visiongru._min_gru(u, h0, reverse)
-    for op, args in ((visiongru._scan_rows, (torch.rand_like(h), torch.rand_like(h), h0, reverse)),
+    for op, args in ((visiongru._scan, (torch.rand_like(h), torch.rand_like(h), h0, reverse)),
                      (visiongru._min_gru, (u, h0, reverse)), (visiongru._min_gru, (u.bfloat16(), None, reverse)),
                      (visiongru._min_gru_backward, (torch.randn_like(h), u, h, reverse)),
                      (visiongru._min_gru_backward, (torch.randn_like(h), u.bfloat16(), h, reverse))):
@@ -303,6 +312,9 @@ def test_the_recurrence_accumulates_in_float32_under_autocast_and_in_half_models
     (lambda: VisionGRU(dim=7), "dim is 7; expected an even number"),
     (lambda: VisionGRU(dim=-8), "dim is -8"),
     (lambda: VisionGRU(num_classes=0), "num_classes is 0"),
+    (lambda: VisionGRU(dim=72.0), "dim is 72.0"),
+    (lambda: VisionGRU(depths=(2, 2, 8.0, 2)), "expected four whole numbers"),
+    (lambda: MinGRU(4, math.inf), "expansion inf"),
     (lambda: VisionGRU(mlp_ratio=0), "mlp_ratio is 0"),
     (lambda: VisionGRU(drop_path=1.0), "drop_path is 1.0"),
     (lambda: VisionGRU(scan="quick"), "scan is 'quick'"),
@@ -720,7 +732,6 @@ def arguments(data, out, *more):
         "--lr", 1e-3, "--warmup", 0.5, "--ema", 0.9, "--device", "cpu", "--workers", 0, *more)]
 
 
-PLAIN = "--mixup", 0, "--cutmix", 0  # these two pair the images of one process's batch
 
 
 def script(*words, launcher=(), name="train.py", **kw):
@@ -811,24 +822,9 @@ def test_a_run_goes_on_in_another_folder_and_precision(finished, pictures, tmp_p
 
 
 def test_training_learns(pictures, tmp_path):
-    gently = *PLAIN, "--randaug", 0, 0, "--erasing", 0, "--epochs", 4
+    gently = "--mixup", 0, "--cutmix", 0, "--randaug", 0, 0, "--erasing", 0, "--epochs", 4
     assert train.main(arguments(pictures, tmp_path / "run", *gently)) == 0
     assert max(entry["top1"] for entry in history(tmp_path / "run")) > 90
-
-
-def test_two_processes_and_micro_batches_have_the_losses_of_one(pictures, tmp_path):
-    two = script(*arguments(pictures, tmp_path / "two", *PLAIN),
-                 launcher=["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])
-    for name, more in (("one", ()), ("micro", ("--accum", 4))):
-        assert train.main(arguments(pictures, tmp_path / name, *PLAIN, *more)) == 0
-    out, err = two.communicate(timeout=120)
-    assert two.returncode == 0, err
-    assert out.count("epoch   1/2") == 1 and "\r" not in out + err  # one line per epoch, from one process; no bars
-    for other in ("two", "micro"):
-        for entry, expected in zip(history(tmp_path / other), history(tmp_path / "one"), strict=True):
-            for key in ("loss", "val_loss", "ema_val_loss"):
-                assert entry[key] == pytest.approx(expected[key], rel=1e-4)
-            assert entry["lr"] == expected["lr"] and entry["top1"] == expected["top1"]
 
 
 def wait_for(path, process):
@@ -836,31 +832,6 @@ def wait_for(path, process):
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_stopped_within_an_epoch_and_resumed_ends_with_the_same_bits(number, finished, pictures, tmp_path):
-    out = tmp_path / "run"
-    words = arguments(pictures, out, "--drop-path", 0.2, "--save-every", 1, "--workers", 2)
-    process = script(*words)
-    wait_for(out / "last.pt", process)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=100)
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), stderr
-    stopped = torch.load(out / "last.pt", weights_only=True)
-    assert stopped["step"] > 0  # within an epoch
-    if number == signal.SIGTERM:
-        assert "--resume auto goes on" in stdout and "Traceback" not in stderr
-
-    process = script(*words, "--resume", "auto")
-    stdout, stderr = process.communicate(timeout=100)
-    assert process.returncode == 0, stderr
-    assert f"resumed at epoch {stopped['epoch'] + 1}, step {stopped['step']}" in stdout
-    resumed, alone = (torch.load(folder / "last.pt", weights_only=True) for folder in (out, finished))
-    for key in ("model", "ema", "optimizer", "scheduler", "epoch", "step", "best", "better", "averaged"):
-        assert_same(resumed[key], alone[key])
-    for entry, expected in zip(history(out), history(finished), strict=True):
-        assert entry | {"images_per_s": 0, "seconds": 0} == expected | {"images_per_s": 0, "seconds": 0}
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -879,18 +850,6 @@ def test_fine_tuning_says_once_that_the_head_is_new(pictures, tmp_path, capsys):
     trained = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["model"]
     start = torch.load(tmp_path / "ten.pt", weights_only=True)
     assert all(torch.equal(trained[name], start[name]) for name in start if not name.startswith("head."))
-
-
-def test_a_checkpoint_is_whole_even_if_writing_the_next_fails(tmp_path, monkeypatch):
-    train.save_checkpoint({"n": 1}, tmp_path / "last.pt")
-
-    def torn(_, file):
-        file.write(b"half of")
-        raise OSError("disk full")
-    monkeypatch.setattr(torch, "save", torn)
-    with pytest.raises(OSError):
-        train.save_checkpoint({"n": 2}, tmp_path / "last.pt")
-    assert torch.load(tmp_path / "last.pt", weights_only=True) == {"n": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -958,6 +917,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(finis
 
 @pytest.mark.parametrize("more, message", [
     (("--accum", 3), "--batch-size 8 does not divide by 1 processes x --accum 3; expected a multiple of 3"),
+    (("--accum", 8), "mix images in pairs, and a micro-batch has 1; expected a --batch-size that is a multiple of 16"),
     (("--device", "cuda:99"), "GPU 99 was asked for and torch sees"),
     (("--device", "abacus"), "--device abacus: expected auto, cpu, cuda or cuda:N"),
     (("--img-size", 31), "--img-size 31: expected at least 32"),
@@ -1499,29 +1459,6 @@ def test_a_segmentation_run_leaves_a_log_and_checkpoints_that_tell_all(segmented
     assert "optimizer" not in best and not list(segmented.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_segmentation_run_stopped_and_resumed_ends_with_the_same_bits(number, segmented, streets, tmp_path):
-    out = tmp_path / "run"
-    words = seg_arguments(streets, out, "--drop-path", 0.2, "--save-every", 1, "--workers", 2)
-    process = script(*words, name="segment.py")
-    wait_for(out / "last.pt", process)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=100)
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), stderr
-    stopped = torch.load(out / "last.pt", weights_only=True)
-    assert 0 < stopped["step"] < 6
-
-    process = script(*words, "--resume", "auto", name="segment.py")
-    stdout, stderr = process.communicate(timeout=100)
-    assert process.returncode == 0, stderr
-    assert f"resumed at step {stopped['step']}" in stdout
-    resumed, alone = (torch.load(folder / "last.pt", weights_only=True) for folder in (out, segmented))
-    for key in ("model", "optimizer", "scheduler", "step", "validated", "best", "loss_sum"):
-        assert_same(resumed[key], alone[key])
-    for entry, expected in zip(history(out), history(segmented), strict=True):
-        assert entry | {"images_per_s": 0, "seconds": 0} == expected | {"images_per_s": 0, "seconds": 0}
-
-
 def test_validation_of_an_odd_number_of_images_by_two_processes_is_that_by_one(segmented, streets):
     words = ["--eval", "--weights", str(segmented / "best.pt"), "--data", str(streets), "--device", "cpu"]
     outputs = []
@@ -1551,7 +1488,7 @@ def test_two_processes_train_and_all_validate_the_model_that_is_saved(streets, t
 
 def test_segmentation_learns(streets, tmp_path):
     words = seg_arguments(streets, tmp_path / "run", "--iters", 80, "--eval-every", 80, "--distort", 0, "--accum", 2,
-                          "--save-every", 7, "--lr", 3e-3)
+                          "--save-every", 7, "--lr", 2e-3, "--batch-size", 8)
     assert segment.main(words) == 0
     assert history(tmp_path / "run")[-1]["miou"] > 80
 
@@ -1649,3 +1586,847 @@ def test_segmentation_checkpoints_that_do_not_fit_are_refused(segmented, finishe
     with pytest.raises(train.UserError, match=r"would be written to the same file"):
         segment.main(["--predict", str(streets / "images/validation/1.jpg"), str(other / "1.jpg"), "--weights",
                       str(segmented / "best.pt"), "--device", "cpu"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that cannot be lost: crashes and signals
+# ---------------------------------------------------------------------------------------------------------------------
+
+def kill(process, out, saves, inside, delay):
+    """SIGKILL after so many more checkpoints and then a delay in seconds, or `inside` the writing of the next one: its
+    temporary file is there and not yet renamed. -> whether the run had not ended before."""
+    def written():
+        return (out / "last.pt").stat().st_mtime_ns if (out / "last.pt").exists() else 0
+    last = written()
+    while saves and process.poll() is None:
+        if written() != last:
+            last, saves = written(), saves - 1
+        time.sleep(0.002)
+    time.sleep(delay)
+    while inside and process.poll() is None:
+        if list(out.glob("*.pt.tmp")):
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+            if list(out.glob("*.pt.tmp")):
+                break
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+    process.kill()
+    _, err = process.communicate()
+    assert process.returncode in (-signal.SIGKILL, 0), err
+    return process.returncode != 0
+
+
+def crash(name, words, out, moments):
+    """Start the script, kill it, resume it, kill it, ...; then let it end. -> the kills and those inside a writing.
+
+    From the first checkpoint on there is one that can be loaded, and it never goes back.
+    """
+    kills = inside = steps = 0
+    for moment in moments:
+        if not kill(script(*words, "--resume", "auto", name=name), out, *moment):
+            break
+        kills, inside = kills + 1, inside + bool(list(out.glob("*.pt.tmp")))
+        if steps or (out / "last.pt").exists():
+            before, steps = steps, train.load_checkpoint(out / "last.pt")["scheduler"]["last_epoch"]
+            assert steps >= before
+    process = script(*words, "--resume", "auto", name=name)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return kills, inside
+
+
+def assert_same_end(out, alone):
+    assert not list(out.glob("*.tmp"))
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = (torch.load(folder / name, weights_only=True) for folder in (out, alone))
+        for checkpoint in (ours, theirs):
+            del checkpoint["args"]  # --out, --save-every and --workers are others
+        assert_same(ours, theirs)
+    for entry, expected in zip(history(out), history(alone), strict=True):
+        assert entry | {"images_per_s": 0, "seconds": 0} == expected | {"images_per_s": 0, "seconds": 0}
+
+
+FEW = [(1, True, 0), (0, False, 4), (2, False, 0.02), (0, True, 0)]  # as `kill` takes them
+
+
+def test_a_run_killed_anywhere_ends_with_the_same_bits(finished, pictures, tmp_path):
+    words = arguments(pictures, tmp_path / "run", "--drop-path", 0.2, "--save-every", 1, "--workers", 1)
+    kills, inside = crash("train.py", words, tmp_path / "run", FEW)
+    assert kills == 4 and inside >= 2
+    assert_same_end(tmp_path / "run", finished)
+
+
+def test_a_segmentation_run_killed_anywhere_ends_with_the_same_bits(segmented, streets, tmp_path):
+    words = seg_arguments(streets, tmp_path / "run", "--drop-path", 0.2, "--save-every", 1)
+    kills, inside = crash("segment.py", words, tmp_path / "run", FEW[:2])
+    assert kills == 2 and inside >= 1
+    assert_same_end(tmp_path / "run", segmented)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, words", [
+    ("train.py", ("--epochs", 1, "--batch-size", 200, "--save-every", 1, "--workers", 1)),
+    ("segment.py", ("--iters", 80, "--eval-every", 40, "--warmup", 10, "--batch-size", 8, "--save-every", 1)),
+])
+def test_twenty_kills_on_the_built_in_set(name, words, tmp_path):
+    words = [str(word) for word in ("--device", "cpu", *words)]
+    _, err = (process := script(*words, "--out", tmp_path / "alone", name=name)).communicate()
+    assert process.returncode == 0, err
+    chance = random.Random(1)
+    moments = [(chance.randrange(5), i % 3 == 0, chance.uniform(0, 3) * (i % 3 > 0)) for i in range(20)]
+    kills, inside = crash(name, [*words, "--out", tmp_path / "run"], tmp_path / "run", moments)
+    print(f"{kills} kills, {inside} of them inside the writing of a checkpoint")
+    assert kills == 20 and inside >= 5
+    assert_same_end(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("name, number", [("train.py", signal.SIGTERM), ("train.py", signal.SIGINT),
+                                          ("segment.py", signal.SIGTERM)])
+def test_a_run_that_is_told_to_stop_finishes_its_step_and_loses_none(name, number, finished, segmented, pictures,
+                                                                     streets, tmp_path):
+    out, alone = tmp_path / "run", finished if name == "train.py" else segmented
+    words = (arguments if name == "train.py" else seg_arguments)(
+        pictures if name == "train.py" else streets, out, "--drop-path", 0.2, "--save-every", 1, "--workers", 2)
+    process = script(*words, name=name)
+    wait_for(out / "last.pt", process)
+    before = train.load_checkpoint(out / "last.pt")["step"]
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 128 + number, stderr
+    stopped = train.load_checkpoint(out / "last.pt")
+    assert stopped["step"] >= before > 0
+    assert f"after step {stopped['step']}, and saved: the same command with --resume auto goes on" in stdout
+    assert "stopping after this step; once more stops at once" in stderr and "Traceback" not in stderr
+
+    process = script(*words, "--resume", "auto", name=name)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    assert re.search(rf"resumed at .*step {stopped['step']}\n", stdout)
+    assert_same_end(out, alone)
+
+
+@pytest.mark.parametrize("module, make, data, alone", [
+    (train, arguments, "pictures", "finished"), (segment, seg_arguments, "streets", "segmented")],
+    ids=["train", "segment"])
+def test_a_signal_during_validation_ends_it_and_a_resumed_run_begins_with_it(module, make, data, alone, tmp_path,
+                                                                             request, monkeypatch):
+    words = make(request.getfixturevalue(data), tmp_path / "run", "--drop-path", 0.2)
+    alone = request.getfixturevalue(alone)
+    seen = []
+
+    def told(*args, **kw):
+        transform = plain(*args, **kw)
+        return lambda *item: (seen.append(1), signal.raise_signal(signal.SIGTERM), transform(*item))[2]
+    plain = module.eval_transform
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(module, "eval_transform", told)
+    monkeypatch.setattr(train.os, "_exit", lambda status: None)  # the signal comes again for each image of a batch
+    assert module.main(words) == 128 + signal.SIGTERM
+    assert len(seen) <= 8 and not (tmp_path / "run" / "log.jsonl").exists()
+    monkeypatch.setattr(module, "eval_transform", plain)
+    assert module.main([*words, "--resume", "auto"]) == 0
+    torch.set_num_threads(threads)
+    assert_same_end(tmp_path / "run", alone)
+
+
+def test_a_loader_that_is_killed_ends_the_run_with_an_error_that_says_so(pictures, tmp_path):
+    process = script(*arguments(pictures, tmp_path / "run", "--workers", 1, "--save-every", 1, "--epochs", 99))
+    wait_for(tmp_path / "run" / "last.pt", process)
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # one that has just ended by itself
+            for loader in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                os.kill(int(loader), signal.SIGKILL)
+        time.sleep(0.05)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2 and "out of memory? A larger --accum" in err, err
+    train.load_checkpoint(tmp_path / "run" / "last.pt")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_second_interrupt_stops_at_once(workers, tmp_path):
+    data = picture_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 1, "b": 1})
+    (data / "train" / "b" / "3.png").unlink()
+    os.mkfifo(data / "train" / "b" / "3.png")  # who reads it waits for ever: the step never ends
+    process = script(*arguments(data, tmp_path / "run", "--workers", workers))
+    writer = None
+    while writer is None:
+        try:
+            writer = os.open(data / "train" / "b" / "3.png", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads it yet
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    while "stopping after this step" not in process.stderr.readline():
+        pass
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    os.close(writer)
+    assert process.returncode == 130 and "Traceback" not in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that cannot be lost: several processes and hosts
+# ---------------------------------------------------------------------------------------------------------------------
+
+def torchrun(*options):
+    return ["-m", "torch.distributed.run", *options]
+
+
+@pytest.fixture(scope="session")
+def pair(pictures, tmp_path_factory):
+    """A run of two processes on one host, left alone."""
+    out = tmp_path_factory.mktemp("pair") / "run"
+    process = script(*arguments(pictures, out), launcher=torchrun("--standalone", "--nproc_per_node=2"))
+    stdout, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert stdout.count("epoch   1/2") == 1 and "\r" not in stdout + err  # one line an epoch, of one process; no bars
+    return out
+
+
+def pid_of_rank(launcher, rank):
+    """The process that torchrun started for a rank."""
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return int(child)
+
+
+@pytest.mark.parametrize("ranks", [(1,), pytest.param((0,), marks=pytest.mark.slow)])
+def test_a_dead_rank_is_started_again_and_the_run_ends_as_if_undisturbed(ranks, pair, pictures, tmp_path):
+    out = tmp_path / "run"
+    process = script(*arguments(pictures, out, "--save-every", 1, "--resume", "auto"),
+                     launcher=torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=3"))
+    steps = []
+    for rank in ranks:
+        before = (out / "last.pt").stat().st_mtime_ns if steps else 0
+        wait_for(out / "last.pt", process)
+        while (out / "last.pt").stat().st_mtime_ns == before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        steps.append(train.load_checkpoint(out / "last.pt")["scheduler"]["last_epoch"])
+        os.kill(pid_of_rank(process, rank), signal.SIGKILL)
+    stdout, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert stdout.count("resumed at epoch") == len(ranks) and steps == sorted(set(steps))
+    assert_same_end(out, pair)
+
+
+# Two hosts with a cable between them: two network, host name and mount namespaces, made without a privilege.
+HOSTS = """
+mount --bind {hosts} /etc/hosts && ip link set lo up && hostname first || exit 9
+unshare -nu sh -c 'hostname second; ip link set lo up; until ip addr add 10.99.0.2/24 dev right; do sleep 0.1; done
+                   ip link set right up; exec {command}' 2> {second} &
+ip link add left type veth peer name right netns $! && ip addr add 10.99.0.1/24 dev left && ip link set left up
+{command}; status=$?
+wait $! || exit 8
+exit $status
+"""
+
+
+def test_two_hosts_end_with_the_weights_of_one(pair, pictures, tmp_path):
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 first\n10.99.0.2 second\n")
+    words = arguments(pictures, tmp_path / "run", "--resume", "auto")
+    spaces = subprocess.run(["unshare", "-rnum", "sh", "-c", "ip link add left type veth peer name right"],
+                            capture_output=True).returncode == 0
+    first = "first" if spaces else "localhost"
+    launcher = torchrun("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={first}:29567")
+    if spaces:
+        command = shlex.join(map(str, [sys.executable, *launcher, HERE / "train.py", *words]))
+        lines = HOSTS.format(hosts=tmp_path / "hosts", command=command, second=tmp_path / "second.txt")
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        agents = [subprocess.Popen(["unshare", "-rnum", "sh", "-c", lines], env=env, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)]
+    else:  # where namespaces are forbidden: two agents that meet on the loopback device
+        agents = [script(*words, launcher=launcher) for _ in range(2)]
+    for agent in agents:
+        _, err = agent.communicate(timeout=300)
+        assert agent.returncode == 0, err
+    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "run", pair))
+    for kind in ("model", "ema"):
+        for name, value in theirs[kind].items():
+            torch.testing.assert_close(ours[kind][name], value, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that cannot be lost: the same result whatever the shape of the machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+def run_in_shape(data, out, count, accum, workers, *more):
+    words = arguments(data, out, "--accum", accum, "--workers", workers, *more)
+    launcher = torchrun("--standalone", f"--nproc_per_node={count}") if count > 1 else ()
+    return script(*words, launcher=launcher)
+
+
+@pytest.fixture(scope="session")
+def more_pictures(pictures, tmp_path_factory):
+    """321 to train on, ten steps of 32."""
+    root = tmp_path_factory.mktemp("more")
+    (root / "val").symlink_to(pictures / "val")
+    for folder in (pictures / "train").iterdir():
+        (root / "train" / folder.name).mkdir(parents=True)
+        for i in range(107):
+            os.link(folder / f"{i % 17}.png", root / "train" / folder.name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("shapes", [
+    [(2, 2, 1), (4, 4, 0)],
+    pytest.param([(p, a, w) for p in (1, 2, 4) for a in (1, 2, 4) for w in (0, 1, 4)][1:], marks=pytest.mark.slow)],
+    ids=["some shapes", "all 27 shapes"])
+def test_fifty_steps_have_the_same_losses_in_any_shape_of_the_machine(shapes, more_pictures, tmp_path):
+    """The whole recipe is on: random crops, RandAugment, erasing, mixup and cutmix; drop-path is not."""
+    largest = 0.0
+    for shape in [(1, 1, 0), *shapes]:
+        out = tmp_path / "-".join(map(str, shape))
+        process = run_in_shape(more_pictures, out, *shape, "--batch-size", 32, "--epochs", 5)
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        for entry, expected in zip(history(out), history(tmp_path / "1-1-0"), strict=True):
+            for key in ("loss", "val_loss", "ema_val_loss"):
+                largest = max(largest, abs(entry[key] - expected[key]))
+            assert entry["lr"] == expected["lr"] and entry["top1"] == expected["top1"]
+    print(f"largest difference of a loss: {largest:.1e}")
+    assert largest < 1e-5
+
+
+SHAPES_OF_MACHINES = [(p, a, 0) for p in (1, 2, 4) for a in (1, 2, 4)] + [(1, 1, 1), (1, 1, 4), (2, 1, 1), (1, 4, 4)]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_every_shape_of_the_machine_sees_the_same_images_augmented_and_mixed_alike(pictures):
+    args = train.parse_arguments(arguments(pictures, "out", "--batch-size", 32))
+    data = train.Seeded(train.image_folder(pictures, "train"), train.train_transform(args), args.seed, epoch=3)
+    mix = train.batch_transform(args, 3)
+    seen = {}
+    for count, accum, workers in SHAPES_OF_MACHINES:
+        items = []
+        for rank in range(count):
+            batches = train.training_batches(len(data), 32, accum, processes(rank, count), args.seed, epoch=3)
+            for images, labels in train.make_loader(data, batches, workers, torch.device("cpu")):
+                images, labels = mix(images, labels, 3, 0)
+                items += [(image.numpy().tobytes(), tuple(soft.tolist())) for image, soft in zip(images, labels)]
+        seen[count, accum, workers] = sorted(items)
+    assert len(seen[1, 1, 0]) == len({image for image, _ in seen[1, 1, 0]}) == 32
+    assert any(0 < max(soft) < 1 for _, soft in seen[1, 1, 0])  # mixed indeed
+    assert all(items == seen[1, 1, 0] for items in seen.values())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_every_shape_of_the_machine_sees_the_same_crops(streets):
+    args = segment.parse_arguments(seg_arguments(streets, "out"))
+    seen = {}
+    for count, accum, workers in SHAPES_OF_MACHINES:
+        items = []
+        for rank in range(count):
+            stream = segment.Shuffled(segment.open_data(args, ["training"])[0], segment.TrainTransform(args), args.seed)
+            batches = segment.training_batches(0, 2, 16, accum, processes(rank, count))
+            for number, (images, masks) in enumerate(train.make_loader(stream, batches, workers, torch.device("cpu"))):
+                items += [(number // accum, image.numpy().tobytes(), mask.numpy().tobytes())
+                          for image, mask in zip(images, masks)]
+        seen[count, accum, workers] = sorted(items)
+    assert len(seen[1, 1, 0]) == 32 and all(items == seen[1, 1, 0] for items in seen.values())
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_images_are_mixed_with_the_one_half_a_batch_on_and_labels_in_the_same_proportion(kind):
+    args = train.parse_arguments(["--data", "x", "--mixup", "0", "--cutmix", "0", f"--{kind}", "1"])
+    mix, images = train.batch_transform(args, 4), torch.arange(4.).view(4, 1, 1, 1).expand(4, 3, 20, 20)
+    shares = set()
+    for step in range(5):
+        mixed, labels = mix(images, torch.arange(4), 0, step)
+        assert mixed.shape == images.shape and labels.shape == (4, 4)
+        for i, partner in ((0, 2), (1, 3), (2, 0), (3, 1)):
+            share = labels[i, i].item()
+            assert labels[i, partner] == pytest.approx(1 - share, abs=1e-6)
+            assert mixed[i].mean().item() == pytest.approx(share * i + (1 - share) * partner, abs=1e-5)
+            shares.add(round(share, 5))
+    assert len(shares) > 3  # by the step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that cannot be lost: disk trouble
+# ---------------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def file_size_limit():
+    """Files of more than a megabyte cannot be written, as with `ulimit -f`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("module, make, data, alone, place", [
+    (train, arguments, "pictures", "finished", {"epoch": 1, "step": 3}),
+    (segment, seg_arguments, "streets", "segmented", {"step": 4, "validated": 3})], ids=["train", "segment"])
+def test_a_file_size_limit_ends_the_run_and_leaves_the_checkpoint(module, make, data, alone, place, tmp_path, request):
+    out, words = tmp_path / "run", make(request.getfixturevalue(data), tmp_path / "run", "--drop-path", 0.2)
+    out.mkdir()
+    torch.save(torch.load(request.getfixturevalue(alone) / "last.pt", weights_only=True) | place, out / "last.pt")
+    before = (out / "last.pt").read_bytes()
+    with file_size_limit(), \
+            pytest.raises(train.UserError, match="cannot write .*last.pt: File too large; the one .* is still there"):
+        module.main([*words, "--resume", "auto", "--save-every", "1"])
+    assert (out / "last.pt").read_bytes() == before and [path.name for path in out.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("write", [lambda path: train.save_checkpoint({"weight": torch.ones(10**6)}, path),
+                                   lambda path: train.append_log(path, {"epoch": 1})], ids=["checkpoint", "log"])
+def test_a_full_disk_is_named_and_what_was_there_stays(write, tmp_path):
+    (tmp_path / "file").write_text('{"epoch": 0}\n')
+    (tmp_path / "file.tmp").symlink_to("/dev/full")  # a device on which there is never any space
+    with pytest.raises(train.UserError, match="cannot write .*file: No space left on device; the one .* still there"):
+        write(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == '{"epoch": 0}\n'
+
+
+def test_a_script_that_cannot_save_says_so_and_exits_with_2(pictures, tmp_path):
+    with file_size_limit():
+        process = script(*arguments(pictures, tmp_path / "run", "--save-every", 1))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2 and "last.pt: File too large" in err and "Traceback" not in err
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_training(segmented, finished, pictures, streets, tmp_path):
+    sealed, model = tmp_path / "sealed", str(segmented / "best.pt")
+    sealed.mkdir()
+    sealed.chmod(0o500)
+    (tmp_path / "file").touch()
+    outs = [tmp_path / "file", tmp_path / "file" / "run"]
+    outs += [sealed, sealed / "run"] if os.geteuid() else [Path("/sys"), Path("/proc/run")]  # not even for root
+    for out in outs:
+        for act in (lambda: train.main(arguments(pictures, out)), lambda: segment.main(seg_arguments(streets, out)),
+                    lambda: segment.main(["--predict", "x.png", "--weights", model, "--out", str(out)])):
+            with pytest.raises(train.UserError, match=f"--out {out}: cannot write in this folder: "):
+                act()
+    assert not list(sealed.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that cannot be lost: hostile and broken files
+# ---------------------------------------------------------------------------------------------------------------------
+
+def grey_ramp(mode):
+    """0, 1/4, 1/2 and 3/4 of white, a column each, and white, in 16 bits."""
+    ramp = torch.tensor([0, 16384, 32768, 49152, 65535]).expand(4, 5).contiguous()
+    return Image.fromarray(ramp.to({"I;16": torch.uint16, "I": torch.int32, "F": torch.float32}[mode]).numpy())
+
+
+def two_colours(mode, size=(40, 20)):
+    """Red above, blue below."""
+    image = Image.new("RGB", size, "blue")
+    image.paste("red", (0, 0, size[0], size[1] // 2))
+    return image.convert(mode)
+
+
+def transparent(mode):
+    """A quarter of the way from black to the paper, and the paper."""
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 191))
+    image.paste((0, 0, 0, 0), (0, 0, 2, 4))
+    return image.convert(mode)
+
+
+def exif(orientation):
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data
+
+
+def jpeg(quality=95, **kw):
+    file = io.BytesIO()
+    two_colours("RGB").save(file, "JPEG", quality=quality, **kw)
+    return file.getvalue()
+
+
+def header(width, height):
+    """A PNG file that is nothing but its beginning."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+RED, BLUE, RAMP = (254, 0, 0), (0, 0, 254), [(k, k, k) for k in (0, 64, 128, 192, 255)]
+FRAMES = dict(save_all=True, append_images=[Image.new("RGB", (40, 20), "green")] * 2)
+# What is in the file: an image with the options to save it, or bytes; and what is made of it: a size and some pixels,
+# or why it is refused.
+IMAGES = {
+    "plain.png":           (two_colours("RGB"), {}, (40, 20), {(5, 5): RED, (5, 15): BLUE}),
+    "another.jpg":         (two_colours("RGB"), {"quality": 95}, (40, 20), {(5, 5): RED, (5, 15): BLUE}),
+    "palette.png":         (two_colours("P"), {}, (40, 20), {(5, 5): RED, (5, 15): BLUE}),
+    "grey.png":            (two_colours("L"), {}, (40, 20), {(5, 5): (76, 76, 76), (5, 15): (29, 29, 29)}),
+    "black and white.png": (Image.new("1", (3, 3), 1), {}, (3, 3), {(1, 1): (255, 255, 255)}),
+    "cmyk.jpg":            (two_colours("CMYK"), {"quality": 95}, (40, 20), {(5, 5): RED, (5, 15): BLUE}),
+    # What is transparent lies on white.
+    "rgba.png":            (transparent("RGBA"), {}, (4, 4), {(0, 0): (255, 255, 255), (3, 0): (64, 64, 64)}),
+    "grey and alpha.png":  (transparent("LA"), {}, (4, 4), {(0, 0): (255, 255, 255), (3, 0): (64, 64, 64)}),
+    "one colour out.png":  (two_colours("RGB"), {"transparency": (0, 0, 255)}, (40, 20),
+                            {(5, 5): RED, (5, 15): (255, 255, 255)}),
+    "palette, alpha.png":  (two_colours("P"), {"transparency": bytes([0] * 256)}, (40, 20), {(5, 5): (255, 255, 255)}),
+    # 16 bits are cut to 8: a ramp stays a ramp.
+    "16-bit.png":          (grey_ramp("I;16"), {}, (5, 4), {(k, 1): RAMP[k] for k in range(5)}),
+    "16-bit page.tif":     (grey_ramp("I;16"), {}, (5, 4), {(k, 1): RAMP[k] for k in range(5)}),
+    "16-bit map.pgm":      (grey_ramp("I"), {}, (5, 4), {(k, 1): RAMP[k] for k in range(5)}),
+    "int32.tif":           (grey_ramp("I"), {}, "its pixels are 32-bit numbers", None),
+    "float.tif":           (grey_ramp("F"), {}, "its pixels are 32-bit numbers", None),
+    # Upright, as the camera noted.
+    "turned 6.jpg":        (two_colours("RGB"), {"exif": exif(6), "quality": 95}, (20, 40),
+                            {(15, 5): RED, (5, 5): BLUE}),
+    "turned 3.png":        (two_colours("RGB"), {"exif": exif(3)}, (40, 20), {(5, 5): BLUE, (5, 15): RED}),
+    "mirrored 4.jpg":      (two_colours("RGB"), {"exif": exif(4), "quality": 95}, (40, 20),
+                            {(5, 5): BLUE, (5, 15): RED}),
+    "bad exif.jpg":        (jpeg(exif=b"Exif\0\0" + bytes(range(60))), None, (40, 20), {(5, 5): RED}),
+    # Of an animation the first frame.
+    "gif.gif":             (two_colours("RGB"), FRAMES, (40, 20), {(5, 5): RED, (5, 15): BLUE}),
+    "animated.png":        (two_colours("RGB"), FRAMES, (40, 20), {(5, 5): RED, (5, 15): BLUE}),
+    "webp.webp":           (two_colours("RGB"), {**FRAMES, "lossless": True}, (40, 20), {(5, 5): RED, (5, 15): BLUE}),
+    "pages.tif":           (two_colours("RGB"), FRAMES, (40, 20), {(5, 5): RED, (5, 15): BLUE}),
+    # Any size that memory can hold.
+    "one pixel.png":       (Image.new("RGB", (1, 1), "red"), {}, (1, 1), {(0, 0): RED}),
+    "long.png":            (two_colours("RGB", (5000, 8)), {}, (5000, 8), {(4999, 0): RED, (0, 7): BLUE}),
+    "tall.png":            (two_colours("RGB", (2, 60_000)), {}, (2, 60_000), {(0, 9): RED, (1, 59_999): BLUE}),
+    "huge.png":            (header(60_000, 60_000), None, r"3600000000 pixels\) exceeds limit", None),
+    "empty.jpg":           (b"", None, "cannot identify image file", None),
+    "text.jpg":            (b"a holiday picture\n" * 9, None, "cannot identify image file", None),
+    "half.jpg":            (jpeg()[:len(jpeg()) // 2], None, "truncated|Truncated", None),
+    "header alone.png":    (header(40, 20), None, "truncated|broken|unrecognized|not enough", None),
+    "program.jpg":         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", None, "PostScript", None),
+}
+
+
+def write_image(name, folder):
+    content, options = IMAGES[name][:2]
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        content.save(folder / name, **options)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_is_read_as_a_person_sees_it_or_refused_with_its_path_and_the_reason(name, tmp_path):
+    path, (_, _, expected, pixels) = write_image(name, tmp_path), IMAGES[name]
+    if isinstance(expected, str):
+        with pytest.raises(train.UserError, match=f"^cannot read the image {re.escape(str(path))}: .*({expected})"):
+            train.read_image(path)
+        return
+    image = train.read_image(path)
+    assert image.mode == "RGB" and image.size == expected
+    for place, colour in pixels.items():
+        assert image.getpixel(place) == pytest.approx(colour, abs=3)
+
+
+READABLE = [name for name, row in IMAGES.items() if not isinstance(row[2], str)]
+
+
+def test_every_readable_image_can_be_trained_on_and_predicted(finished, segmented, tmp_path, capsys):
+    args = train.parse_arguments(arguments("x", "x"))
+    whole = train.parse_arguments(arguments("x", "x", "--crop-scale", 1))
+    seg_args = segment.parse_arguments(seg_arguments("x", "x"))
+    paths = [str(write_image(name, tmp_path)) for name in READABLE]
+    refused = [str(write_image(name, tmp_path)) for name in IMAGES if name not in READABLE]
+    for image in map(train.read_image, paths):
+        for transform in (train.train_transform(args), train.train_transform(whole), train.eval_transform(32, 37)):
+            assert transform(image).shape == (3, 32, 32)
+        mask = torch.zeros(image.height, image.width, dtype=torch.uint8)
+        assert segment.TrainTransform(seg_args)(image, mask)[0].shape == (3, 32, 32)
+    for module, run in ((train, finished), (segment, segmented)):  # what is refused does not keep it from the others
+        words = ["--predict", *refused, *paths, "--weights", str(run / "best.pt"), "--device", "cpu"]
+        assert module.main([*words, "--out", str(tmp_path / "out")]) == 2
+        printed, err = capsys.readouterr()
+        assert all(f"cannot read the image {path}: " in err for path in refused)
+    for path in paths:
+        with Image.open(tmp_path / "out" / f"{Path(path).stem}_labels.png") as labels:
+            assert labels.size == train.read_image(path).size
+
+
+def test_of_a_very_long_image_the_middle_is_enlarged_and_not_the_whole():
+    sizes = []
+    transform = train.eval_transform(32, 40)
+    transform.transforms[1].register_forward_hook(lambda *hook: sizes.append(hook[2].size))
+    for size in ((60_000, 2), (2, 60_000), (300, 100)):
+        transform(Image.new("RGB", size))
+    assert sizes == [(160, 40), (40, 160), (120, 40)]
+
+
+class Trap:
+    """Unpickled, it makes the folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def flipped(data, place):
+    return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1:]
+
+
+def another(checkpoint, **more):
+    """The checkpoint with other contents, as bytes."""
+    file = io.BytesIO()
+    torch.save(checkpoint | more, file)
+    return file.getvalue()
+
+
+def everywhere(reason):
+    return (reason,) * 3
+
+
+DAMAGED = everywhere("is not a checkpoint, or a damaged one")
+CODE = everywhere("holds Python objects .* to load those is to run code")
+# What is made of the bytes and of the contents of a good checkpoint, and why it is then refused with --resume, with
+# --weights for training, and with --weights for predicting; None: it is used.
+CHECKPOINTS = {
+    "truncated":          (lambda data, c: data[:len(data) // 2], DAMAGED),
+    "without its end":    (lambda data, c: data[:-30], DAMAGED),
+    "empty":              (lambda data, c: b"", DAMAGED),
+    "text":               (lambda data, c: b"learning rate 3\n", DAMAGED),
+    "a bit flipped":      (lambda data, c: flipped(data, len(data) // 2), everywhere("check sum of .* is wrong")),
+    "a list":             (lambda data, c: pickled([1, 2]), everywhere("holds a list; expected a checkpoint")),
+    "a program":          (lambda data, c: another(c, more=Trap("trap")), CODE),
+    "an old program":     (lambda data, c: pickled(Trap("trap")), CODE),
+    "another model":      (lambda data, c: another(c, model=VisionGRU(3).state_dict(), ema=None, better="model"),
+                           ("does not fit: Error.* in loading state_dict", *2 * ["does not fit this VisionGRU"])),
+    "another optimizer":  (lambda data, c: another(c, optimizer={"state": {}, "param_groups": []}),
+                           ("does not fit: loaded state dict has a different number of param", None, None)),
+    "no step":            (lambda data, c: another({key: c[key] for key in c if key != "step"}),
+                           ("does not fit: it has no 'step'", None, None)),
+    "no settings":        (lambda data, c: another(c, settings={}),
+                           ("does not fit: it has no 'train_images'", None, "does not fit this VisionGRU")),
+    "strange settings":   (lambda data, c: another(c, settings=7), ("does not fit", None, "no settings of a model")),
+    "an unknown model":   (lambda data, c: another(c, settings={**c["settings"], "model": "vast"}),
+                           (None, None, "a model called 'vast'; expected one of nano, tiny, base")),
+    "weights alone":      (lambda data, c: another(c["model"]), ("weights only and cannot be resumed", None, None)),
+}
+
+
+def pickled(thing):
+    file = io.BytesIO()
+    torch.save(thing, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_checkpoint_is_used_or_refused_with_its_path_and_the_reason(kind, finished, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make, reasons = CHECKPOINTS[kind]
+    content = torch.load(finished / "last.pt", weights_only=True)
+    Path("bad.pt").write_bytes(make((finished / "last.pt").read_bytes(), content))
+    model = () if kind == "no settings" else ("--model", "nano")
+    uses = (arguments(pictures, "resumed", "--drop-path", 0.2, "--resume", "bad.pt"),
+            arguments(pictures, "begun", "--weights", "bad.pt", "--lr", 0, "--epochs", 1),
+            ["--predict", str(pictures / "val/ant/0.png"), "--weights", "bad.pt", *model, "--device", "cpu"])
+    for words, reason in zip(uses, reasons):
+        if reason is None:
+            assert train.main(words) == 0
+        else:
+            with pytest.raises(train.UserError, match=f"bad.pt(.|\n)*{reason}"):
+                train.main(words)
+    assert not Path("trap").exists()
+
+
+def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path):
+    content = {"model": VisionGRU(3, dim=4, depths=(1, 1, 1, 1)).state_dict(), "step": 3, "args": {"lr": 0.1}}
+    data, chance, found = another(content), random.Random(0), 0
+    for _ in range(300):
+        place = chance.randrange(len(data))
+        (tmp_path / "flipped.pt").write_bytes(flipped(data, place))
+        try:
+            assert_same(train.load_checkpoint(tmp_path / "flipped.pt"), content)
+        except train.UserError as error:
+            assert "flipped.pt is not a checkpoint, or a damaged one" in str(error)
+            found += 1
+    assert found > 250
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that cannot be lost: numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+def saturated(kind, shape, dtype):
+    """Gates fully closed, fully open, a mix of both, or as small as the type knows."""
+    fill = {"closed": 1.0, "open": 0.0, "tiny": torch.finfo(dtype).tiny}
+    values = torch.randint(0, 2, shape).to(dtype) if kind == "mixed" else torch.full(shape, fill[kind], dtype=dtype)
+    return values.requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scan", visiongru.SCANS)
+def test_no_scan_gives_nan_at_saturated_gates(scan, dtype):
+    for gates, T, with_h0, reverse in itertools.product(("closed", "open", "mixed", "tiny"), (1, 64, 1009),
+                                                        (False, True), (False, True)):
+        a = saturated(gates, (2, T, 3), dtype)
+        for b in (torch.zeros_like(a), torch.full_like(a, 100.0)):
+            inputs = [a, b.requires_grad_()] + ([torch.ones(2, 3, dtype=dtype, requires_grad=True)] if with_h0 else [])
+            h = visiongru.SCANS[scan](*inputs, reverse=reverse)
+            grads = torch.autograd.grad(h.float().mean(), inputs)
+            assert not any(t.isnan().any() for t in (h, *grads)), (gates, T, with_h0, reverse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scan", visiongru.SCANS)
+def test_no_mingru_gives_nan_at_saturated_gates_and_candidates(scan, dtype):
+    gru = MinGRU(2, expansion=1, scan=scan)
+    gru.in_proj = Given()
+    top = min(torch.finfo(dtype).max, 1e30)
+    for T, reverse in itertools.product((1, 64, 1009), (False, True)):
+        choices = torch.tensor([-top, -90.0, -0.0, 0.0, 90.0, 6e4], dtype=dtype)
+        u = choices[torch.randint(len(choices), (2, T, 4))].requires_grad_()
+        y, h = gru(u, None, reverse)
+        grad, = torch.autograd.grad(y.float().mean() + h.float().mean(), u)
+        assert not any(t.isnan().any() for t in (y, h, grad))
+
+
+def scaled_run(out, alone, scale, place):
+    """A folder with a run in fp16 that is about to go on, its loss scaled by `scale`."""
+    last = torch.load(alone / "last.pt", weights_only=True) | place
+    last["scaler"] = {"scale": scale, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
+                      "_growth_tracker": 0}
+    last["args"]["amp"] = "fp16"
+    out.mkdir()
+    torch.save(last, out / "last.pt")
+    return last
+
+
+def test_gradients_that_overflow_in_fp16_are_skipped_until_the_scale_fits(finished, pictures, tmp_path):
+    before = scaled_run(tmp_path / "run", finished, 2.0**30, {"epoch": 0, "step": 0})
+    words = arguments(pictures, tmp_path / "run", "--drop-path", 0.2, "--amp", "fp16", "--epochs", 6, "--lr", 1e-3,
+                      "--resume", "auto")
+    assert train.main(words) == 0
+    after = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert 2.0**8 < after["scaler"]["scale"] < 2.0**28  # some steps were skipped, and others not
+    assert not torch.equal(after["model"]["head.weight"], before["model"]["head.weight"])
+    assert all(value.isfinite().all() for value in [*after["model"].values(), *after["ema"].values()])
+    assert all(math.isfinite(entry["loss"]) for entry in history(tmp_path / "run"))
+
+
+def test_an_exploding_loss_in_fp16_ends_the_run_and_leaves_the_checkpoint(finished, pictures, tmp_path):
+    words = arguments(pictures, tmp_path / "run", "--amp", "fp16", "--lr", 1e4, "--warmup", 0, "--save-every", 1)
+    with pytest.raises(train.UserError, match="(loss is (nan|inf)|no longer finite) .*last.pt was not written"):
+        train.main(words)
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in last["model"].values())
+
+
+def test_gradients_that_no_scale_makes_finite_end_the_run(finished, pictures, tmp_path, monkeypatch):
+    scaled_run(tmp_path / "run", finished, 1e-5, {"epoch": 0, "step": 0})
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+
+    def unsound(**kw):  # its loss is finite and its gradient is not
+        model = visiongru_nano(**kw)
+        model.head.weight.register_hook(lambda grad: grad * math.nan)
+        return model
+    monkeypatch.setitem(train.MODELS, "nano", unsound)
+    words = arguments(pictures, tmp_path / "run", "--drop-path", 0.2, "--amp", "fp16", "--resume", "auto")
+    with pytest.raises(train.UserError, match="gradients are no longer finite at epoch 1, step 4 of 6, at any scale"):
+        train.main(words)
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_mixed_precision_ends_within_a_point_of_float32_on_the_built_in_set(tmp_path):
+    top1 = {}
+    for amp in ("off", "bf16", "fp16"):
+        process = script("--device", "cpu", "--amp", amp, "--out", str(tmp_path / amp))
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        top1[amp] = torch.load(tmp_path / amp / "best.pt", weights_only=True)["best"]
+    print(top1)
+    assert abs(top1["bf16"] - top1["off"]) < 1 and abs(top1["fp16"] - top1["off"]) < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that cannot be lost: any command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Values for every option that both scripts have, those that can be meant and others; the paths are made by the test.
+NUMBERS = ["0", "1", "-1", "0.5", "2", "nan", "inf", "-inf", "1e-300", "1e300", "", "x", "1_0", "0x10", "10" * 20]
+COMMON = {
+    "--data": ["pictures", "streets", "empty", "absent", "file", ""], "--model": ["nano", "tiny", "base", "vast", ""],
+    "--weights": ["classifier.pt", "segmenter.pt", "weights.pt", "broken.pt", "absent.pt", "empty", ""],
+    "--resume": ["auto", "classifier.pt", "segmenter.pt", "broken.pt", "absent.pt", ""],
+    "--out": ["new", "file", "file/new", "classifier", "segmenter", ""],
+    "--batch-size": ["4", "2", "1", "3", *NUMBERS], "--accum": ["2", "1", "3", *NUMBERS], "--lr": NUMBERS,
+    "--weight-decay": NUMBERS, "--warmup": NUMBERS, "--drop-path": NUMBERS, "--flip": NUMBERS, "--seed": NUMBERS,
+    "--betas": ["0.9 0.99", "0 0", "1 1", "0.9", "nan 0", "x y"],
+    "--device": ["cpu", "cpu:1", "cuda", "cuda:-1", "cuda:7", "tpu", "meta", "", "auto"],
+    "--amp": ["auto", "bf16", "fp16", "off", "fp8"], "--checkpoint": [""], "--compile": [""],
+    "--workers": ["0", "1", "-1", "x"], "--save-every": ["1", "0", "-1", "1e3"], "--eval": [""],
+    "--predict": ["file", "plain.png", "plain.png half.jpg", "absent.png", "empty", "plain.png plain.png"],
+    "--img-size": ["32", "33", "31", "1000000", "-1", "x"], "--nonsense": ["1"], "stray": [""],
+}
+FUZZED = {
+    "train": (train, arguments, "pictures", COMMON | {
+        "--epochs": ["1", "2", "0", "-1", "x"], "--val-resize": ["32", "40", "31", "0", "x"], "--crop-scale": NUMBERS,
+        "--randaug": ["0 0", "2 9", "1 30", "1 31", "-1 0", "2"], "--erasing": NUMBERS, "--mixup": NUMBERS,
+        "--cutmix": NUMBERS, "--smoothing": NUMBERS, "--ema": NUMBERS}),
+    "segment": (segment, seg_arguments, "streets", COMMON | {
+        "--iters": ["1", "2", "0", "-1", "x"], "--eval-every": ["1", "2", "0"], "--num-classes": ["3", "2", *NUMBERS],
+        "--zero-is-ignore": [""], "--no-zero-is-ignore": [""], "--ignore-label": ["255", "0", "3", *NUMBERS],
+        "--channels": ["8", "0", "x"], "--aux-channels": ["8", "-8"], "--short-side": ["32", "31", "100", "x"],
+        "--scale": ["1 1", "0.5 2", "2 1", "0 1", "nan 1", "1 inf", "1e300 1e300", "1e-300 1"],
+        "--crop-size": ["32", "40", "31", "1000000"], "--distort": NUMBERS, "--slide": [""],
+        "--backbone-weights": ["classifier.pt", "segmenter.pt", "broken.pt"]}),
+}
+
+
+def command_line(options, chance):
+    words = []
+    for option in chance.sample(sorted(options), chance.choice([1, 1, 2, 3, 5])):
+        words += [option, *chance.choice(options[option]).split(" ")] if options[option] != [""] else [option]
+    return words
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FUZZED)
+def test_any_command_line_ends_with_0_or_2_and_never_a_traceback(name, count, finished, segmented, pictures, streets,
+                                                                 tmp_path, monkeypatch, capsys):
+    module, make, data, options = FUZZED[name]
+    monkeypatch.chdir(tmp_path)
+
+    def small(**kw):
+        return VisionGRU(dim=4, depths=(1, 1, 1, 1), **kw)
+    for size in train.MODELS:
+        monkeypatch.setitem(train.MODELS, size, small)
+    shapes, scenes = train.Shapes, segment.Scenes
+    monkeypatch.setattr(train, "Shapes", lambda split, length: shapes(split, 32))
+    monkeypatch.setattr(segment, "Scenes", lambda split, length: scenes(split, 32))
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # minutes, and no matter of the arguments
+    Path("pictures").symlink_to(pictures), Path("streets").symlink_to(streets)
+    Path("empty").mkdir(), Path("file").touch(), write_image("plain.png", Path()), write_image("half.jpg", Path())
+    assert train.main(arguments("pictures", "classifier", "--epochs", 1)) == 0
+    assert segment.main(seg_arguments("streets", "segmenter", "--iters", 3)) == 0
+    shutil.copy("classifier/last.pt", "classifier.pt"), shutil.copy("segmenter/last.pt", "segmenter.pt")
+    torch.save(small(num_classes=3).state_dict(), "weights.pt")
+    Path("broken.pt").write_bytes(Path("classifier.pt").read_bytes()[:9999])
+    chance, statuses = random.Random(count), []
+    for _ in range(count):
+        base = make(data, "new", *{"train": ("--epochs", 1, "--batch-size", 16), "segment": ("--iters", 1)}[name])
+        words = [*(base if chance.random() < 0.8 else base[2:]), *command_line(options, chance)]
+        with pytest.raises(SystemExit) as end:
+            train.run(lambda: module.main(words))  # an error that it does not know comes through
+        captured = capsys.readouterr()
+        statuses.append(end.value.code)
+        assert end.value.code in (0, 2) and "Traceback" not in captured.err, words
+        assert end.value.code == 0 or "error: " in captured.err, words
+        shutil.rmtree("new", ignore_errors=True)
+    print(f"{count} command lines, {statuses.count(0)} of them accepted")
+    assert 0.1 < statuses.count(0) / count < 0.9
+
+
+@pytest.mark.parametrize("name, words, status", [
+    ("train.py", ["--help"], 0), ("segment.py", ["--help"], 0), ("train.py", ["--seed", "-1"], 2),
+    ("segment.py", ["--predict", "absent.png", "--weights", "absent.pt"], 2)])
+def test_the_scripts_own_processes_end_so_too(name, words, status):
+    process = script(*words, name=name)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == status and "Traceback" not in err

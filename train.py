@@ -19,12 +19,15 @@ import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 import types
 import warnings
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,6 +45,7 @@ from tqdm import tqdm
 import visiongru
 
 MODELS = {"nano": visiongru.visiongru_nano, "tiny": visiongru.visiongru_tiny, "base": visiongru.visiongru_base}
+MOST_PIXELS = 16384  # a side: more would take all memory before the system says so, and other programs with it
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 
 
@@ -141,12 +145,39 @@ class Shapes(Dataset):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def read_image(path):
-    """An image file as RGB, upright as its EXIF data say, or a UserError that names it."""
+    """An image file as RGB, as a viewer shows it, or a UserError with its path and the reason.
+
+    Upright as its EXIF data say; of an animation the first frame; what is transparent on white; 16 bits a channel cut
+    to 8. More than 179 million pixels, the limit of PIL, are refused before they are decoded.
+    """
     try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images below the limit, and of odd metadata
+            with Image.open(path) as file:
+                if file.format == "EPS":
+                    raise ValueError("PostScript is a program, which would be run")
+                file.load()
+                try:
+                    image = ImageOps.exif_transpose(file)
+                except Exception:  # damaged EXIF data: the picture is as good as before
+                    image = file
+                return as_rgb(image, file.format)
     except Exception as error:
         raise UserError(f"cannot read the image {path}: {error}") from None
+
+
+def as_rgb(image, file_format):
+    # PIL's own conversion of 16-bit grey clips at 255: all but the darkest pixels turn white. Earlier versions of PIL
+    # open 16-bit PNG files, and all do 16-bit PGM files, as the 32-bit "I".
+    if image.mode.startswith("I;16") or image.mode == "I" and file_format in ("PNG", "PPM"):
+        return image.convert("I").point(lambda value: value / 256).convert("RGB")
+    if image.mode[0] in "IF":
+        raise ValueError(f"its pixels are 32-bit numbers (PIL's mode {image.mode}), of which white is not known; "
+                         f"expected 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def image_folder(root, split):
@@ -184,9 +215,18 @@ def open_data(args, splits=("train", "val")):
     return sets
 
 
+class NotTooLong(v2.Transform):
+    """Of an image more than four times as long as wide, the middle: to resize the whole of it by its shorter side, of
+    which the central crop then takes little, could need more memory than there is."""
+
+    def transform(self, inpt, params):
+        height, width = v2.functional.get_size(inpt)
+        return v2.functional.center_crop(inpt, [min(height, 4 * width), min(width, 4 * height)])
+
+
 def eval_transform(img_size, val_resize, mean=MEAN, std=STD):
     """Shorter side to `val_resize`, the central square of `img_size`, normalised: PIL image -> (3, S, S) float32."""
-    return v2.Compose([v2.Resize(val_resize), v2.CenterCrop(img_size), v2.ToImage(),
+    return v2.Compose([NotTooLong(), v2.Resize(val_resize), v2.CenterCrop(img_size), v2.ToImage(),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
@@ -196,7 +236,7 @@ def train_transform(args):
     if args.crop_scale < 1:
         steps += [v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))]
     else:
-        steps += [v2.Resize(args.val_resize), v2.CenterCrop(args.img_size)]
+        steps += [NotTooLong(), v2.Resize(args.val_resize), v2.CenterCrop(args.img_size)]
     steps += [v2.RandomHorizontalFlip(args.flip)]
     if args.randaug[0] > 0:
         steps += [v2.RandAugment(args.randaug[0], args.randaug[1])]
@@ -207,10 +247,24 @@ def train_transform(args):
 
 
 def batch_transform(args, num_classes):
-    """Mixup and cutmix, one of the two at even odds for each batch: images, labels -> images, soft labels."""
-    choices = [make(alpha=alpha, num_classes=num_classes)
-               for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha > 0]
-    return v2.RandomChoice(choices) if choices else v2.Identity()
+    """Mixup and cutmix, one of the two at even odds for each step: images, labels, the step -> images, soft labels.
+
+    What is chosen depends on the seed and the step alone, and images are mixed in the pairs that `training_batches`
+    keeps together, so that the number of processes and micro-batches makes no difference.
+    """
+    choices = [make(alpha=alpha) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha > 0]
+    choice = v2.RandomChoice(choices) if choices else None
+
+    def mix(images, labels, *step):
+        if choice is None:
+            return images, labels
+        soft = F.one_hot(labels, num_classes).float()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(random_seed(args.seed, "mix", *step))
+            # torchvision mixes each image of a batch with the one before: here two, each of many images' channels
+            mixed = choice(images.reshape(2, -1, *images.shape[2:]), soft.view(2, -1))
+        return mixed[0].view(images.shape), mixed[1].view(soft.shape)
+    return mix
 
 
 class Seeded(Dataset):
@@ -234,14 +288,16 @@ class Seeded(Dataset):
 def training_batches(length, batch_size, accum, processes, seed, epoch, first_step=0):
     """One process's batches of an epoch, as lists of indices: `accum` micro-batches for each optimizer step.
 
-    The images of a step are the same for any number of processes and micro-batches. What is left at the end of an
-    epoch, less than a batch, is not used in it.
+    The images of a step are the same for any number of processes and micro-batches. Where a micro-batch has an even
+    number of them, so are the pairs of the k-th image of its first half and the k-th of its second. What is left at
+    the end of an epoch, less than a batch, is not used in it.
     """
     generator = torch.Generator().manual_seed(random_seed(seed, "order", epoch))
     steps = length // batch_size
     order = torch.randperm(length, generator=generator)[:steps * batch_size]
-    mine = order.view(steps, accum, -1, processes.count)[first_step:, :, :, processes.rank]
-    return mine.flatten(0, 1).tolist()
+    halves = 2 if batch_size // (accum * processes.count) % 2 == 0 else 1
+    mine = order.view(steps, halves, accum, -1, processes.count)[first_step:, :, :, :, processes.rank]
+    return mine.transpose(1, 2).flatten(2).flatten(0, 1).tolist()
 
 
 def evaluation_batches(length, batch_size, processes):
@@ -325,7 +381,8 @@ def autocast(dtype, device):
 
 
 class StopSignal:
-    """Ctrl-C, or the SIGTERM by which a scheduler announces the end: the loop saves and leaves. Twice: at once."""
+    """Ctrl-C, or the SIGTERM by which a scheduler announces the end: the loop finishes its step, saves and leaves.
+    Twice: at once."""
 
     def __init__(self):
         self.number, self.since = 0, 0.0
@@ -333,37 +390,75 @@ class StopSignal:
             signal.signal(number, self)
 
     def __call__(self, number, frame):
+        # Soon after the first it is the same one by another way: torchrun passes on what the terminal has sent to its
+        # processes too, and coreutils' timeout sends it to the process and then to its group.
+        soon = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.1
         if not self.number:
             self.number, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > 1:  # sooner, it is the same one by another way: from torchrun, say
-            sys.exit(128 + number)
+            if os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, b"\nstopping after this step; once more stops at once\n")  # print is not for handlers
+        elif time.monotonic() - self.since > soon:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            os._exit(128 + number)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and the log
 # ---------------------------------------------------------------------------------------------------------------------
 
-def save_checkpoint(checkpoint, path):
-    """Write to a temporary file, flush it to the disk, rename: at any moment `path` is a whole checkpoint."""
+def write_whole(path, write):
+    """Have `write(file)` fill a temporary file, flush it to the disk, rename it: at any moment `path` is whole.
+
+    Raises:
+        UserError: the disk is full, say. What was at `path` is there as before, and the temporary file is not.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own says nothing of it
+        if isinstance(cause, OSError):
+            raise UserError(f"cannot write {path}: {cause.strerror or cause}"
+                            + ("; the one written before is still there" if path.exists() else "")) from None
+        raise
     if os.name == "posix":  # the rename is on the disk when its folder is
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
-def load_checkpoint(path):
-    """What a checkpoint file holds, a dict; a UserError where there is none."""
+def save_checkpoint(checkpoint, path):
+    write_whole(path, lambda file: torch.save(checkpoint, file))
+
+
+def make_folder(path):
+    """The folder --out, made if need be. A UserError if nothing can be written there: sooner than after an epoch."""
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot write in this folder: {error.strerror}") from None
+
+
+def load_checkpoint(path):
+    """What a checkpoint file holds, a dict; a UserError where there is none. No code in it is run."""
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the check sums
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+            if damaged:
+                raise ValueError(f"the check sum of {damaged} in it is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"cannot open the checkpoint {path}: {error.strerror}") from None
+        raise UserError(f"cannot open the checkpoint {path}: {error.strerror or error}") from None
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint, or a damaged one: {visiongru.why_unread(error)}") from None
     if not isinstance(checkpoint, dict):
@@ -403,10 +498,9 @@ def open_run(args, processes):
         raise UserError(f"{last} is there from an earlier run: --resume auto goes on with it, "
                         f"another --out begins a new one")
     if processes.rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot make this folder: {error.strerror}") from None
+        make_folder(out)
+        for name in "last.pt", "best.pt", "log.jsonl":  # of a run that was killed while it wrote
+            (out / f"{name}.tmp").unlink(missing_ok=True)
     return out, checkpoint
 
 
@@ -429,6 +523,18 @@ def check_resumed(checkpoint, classes, train_images, args, say=print):
                     "betas", "weight_decay"):
             raise UserError(f"--resume: {change}; go on with the value it was started with")
         say(f"note: {change}")
+
+
+@contextlib.contextmanager
+def must_fit(args):
+    """Around what is taken from the checkpoint --resume: a UserError if something is missing or of another shape."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).strip()
+        raise UserError(f"--resume {args.resume}: this checkpoint does not fit: {reason}") from None
 
 
 def restore(checkpoint, optimizer, scheduler, scaler):
@@ -468,9 +574,7 @@ def append_log(path, entry, keep=None):
     """Add one line to log.jsonl. `keep` says which of the lines of a resumed run still hold; the others go."""
     lines = [line for line in path.read_text().splitlines() if keep is None or keep(json.loads(line))] \
         if path.exists() else []
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line + "\n" for line in [*lines, json.dumps(entry)]))
-    os.replace(temporary, path)
+    write_whole(path, lambda file: file.write("".join(line + "\n" for line in [*lines, json.dumps(entry)]).encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -482,6 +586,60 @@ def warmup_cosine(step, steps, warmup):
     if step < warmup:
         return step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def optimizer_steps(loader, loss_of, network, optimizer, scheduler, scaler, dtype, args, processes, stop, step, steps,
+                    epoch=None):
+    """Both scripts' inner loop: from micro-batches (images, targets), args.accum of them for each step, to a trained
+    network.
+
+    Args:
+        loss_of: images, targets -> the loss of a micro-batch; called under autocast to `dtype`.
+        step, steps: the number of the first step, and how many there are in the epoch, or in all.
+        epoch: the number of the epoch, where steps are counted within one.
+    Yields:
+        after each step its loss, a mean over all processes; images per second; whether a process was told to stop.
+    Raises:
+        UserError: the loss is not finite; no step has been taken with it.
+    """
+    device, out, began, first = processes.device, Path(args.out), time.perf_counter(), step
+    bar = tqdm(total=steps, initial=step, desc=None if epoch is None else f"epoch {epoch + 1}/{args.epochs}",
+               unit="step", leave=False, dynamic_ncols=True, disable=None if processes.rank == 0 else True)
+    for number, (images, targets) in enumerate(loader):
+        micro = number % args.accum
+        if micro == 0:
+            # All that is random in a step comes from its number, so that a resumed run has nothing to restore.
+            place = (step,) if epoch is None else (epoch, step)
+            torch.manual_seed(random_seed(args.seed, "step", *place, processes.rank))
+            loss_here = 0.0
+        images = images.to(device, non_blocking=True)
+        targets = targets.to(device, non_blocking=True)
+        complete = micro == args.accum - 1  # gradients are exchanged once for all micro-batches
+        with contextlib.nullcontext() if complete or processes.count == 1 else network.no_sync():
+            with autocast(dtype, device):
+                loss = loss_of(images, targets) / args.accum
+            scaler.scale(loss).backward()
+        loss_here += loss.item()
+        if not complete:
+            continue
+        lr = scheduler.get_last_lr()[0]
+        loss_here, stopping = all_sum([loss_here / processes.count, stop.number], device)
+        where = f"step {step + 1} of {steps}" if epoch is None else f"epoch {epoch + 1}, step {step + 1} of {steps}"
+        check_loss(loss_here, where, lr, out)
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.is_enabled() and scaler.get_scale() < 1e-6:  # so often halved: no step would ever be taken again
+            raise UserError(f"the gradients are no longer finite at {where}, at any scale of the loss; {advice(out)}")
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+        step += 1
+        rate = (step - first) * args.batch_size / (time.perf_counter() - began)
+        bar.update()
+        bar.set_postfix_str(f"loss {loss_here:.3f}, lr {lr:.2e}, {rate:,.1f} images/s", refresh=False)
+        if stopping:
+            bar.close()
+        yield loss_here, rate, stopping
+    bar.close()
 
 
 def train(args, processes):
@@ -500,11 +658,16 @@ def train(args, processes):
     if steps_per_epoch == 0:
         raise UserError(f"{len(train_data)} training images are fewer than one --batch-size of {args.batch_size}; "
                         f"give a smaller one")
+    if (args.mixup or args.cutmix) and micro_batch % 2:
+        raise UserError(f"--mixup and --cutmix mix images in pairs, and a micro-batch has {micro_batch}; expected a "
+                        f"--batch-size that is a multiple of {2 * processes.count * args.accum}, or --mixup 0 --cutmix "
+                        f"0")
     out, checkpoint = open_run(args, processes)
     settings = {"model": args.model, "img_size": args.img_size, "val_resize": args.val_resize,
                 "mean": list(MEAN), "std": list(STD), "classes": classes, "train_images": len(train_data)}
     if checkpoint:
-        check_resumed(checkpoint, classes, len(train_data), args, say)
+        with must_fit(args):
+            check_resumed(checkpoint, classes, len(train_data), args, say)
 
     # Model, average, optimizer, schedule.
     torch.manual_seed(args.seed)
@@ -520,12 +683,13 @@ def train(args, processes):
     dtype, scaler = precision(args.amp, device)
     epoch, step, loss_sum, best = 0, 0, 0.0, -1.0  # `step` within the epoch
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        if ema:
-            ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
-            ema.n_averaged.fill_(checkpoint["averaged"])
-        restore(checkpoint, optimizer, scheduler, scaler)
-        epoch, step, loss_sum, best = (checkpoint[name] for name in ("epoch", "step", "loss_sum", "best"))
+        with must_fit(args):
+            model.load_state_dict(checkpoint["model"])
+            if ema:
+                ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+                ema.n_averaged.fill_(checkpoint["averaged"])
+            restore(checkpoint, optimizer, scheduler, scaler)
+            epoch, step, loss_sum, best = (checkpoint[name] for name in ("epoch", "step", "loss_sum", "best"))
         if not (out / "best.pt").exists():  # resumed into another folder
             best = -1.0
     network = parallel_model(torch.compile(model) if args.compile else model, processes)
@@ -535,6 +699,11 @@ def train(args, processes):
         Seeded(val_data, eval_transform(args.img_size, args.val_resize)),
         evaluation_batches(len(val_data), micro_batch, processes),
         args.workers, device)
+
+    def loss_of(images, labels):
+        images, labels = mix(images, labels, epoch, step)
+        images = images.contiguous(memory_format=torch.channels_last)
+        return F.cross_entropy(network(images), labels, label_smoothing=args.smoothing)
 
     def save(name, **more):
         if main:
@@ -565,51 +734,25 @@ def train(args, processes):
         batches = training_batches(len(train_data), args.batch_size, args.accum, processes, args.seed, epoch, step)
         loader = make_loader(Seeded(train_data, transform, args.seed, epoch), batches, args.workers, device)
         network.train()
-        began, first, rate = time.perf_counter(), step, 0.0
-        bar = tqdm(total=steps_per_epoch, initial=step, desc=f"epoch {epoch + 1}/{args.epochs}", unit="step",
-                   leave=False, dynamic_ncols=True, disable=None if main else True)
-        for number, (images, labels) in enumerate(loader, start=step * args.accum):
-            micro = number % args.accum
-            if micro == 0:
-                # All that is random in a step comes from its number, so that a resumed run has nothing to restore.
-                torch.manual_seed(random_seed(args.seed, "step", epoch, step, processes.rank))
-                loss_here = 0.0
-            images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
-            images, labels = mix(images, labels.to(device, non_blocking=True))
-            complete = micro == args.accum - 1  # gradients are exchanged once for all micro-batches
-            with contextlib.nullcontext() if complete or processes.count == 1 else network.no_sync():
-                with autocast(dtype, device):
-                    loss = F.cross_entropy(network(images), labels, label_smoothing=args.smoothing) / args.accum
-                scaler.scale(loss).backward()
-            loss_here += loss.item()
-            if not complete:
-                continue
-            lr = scheduler.get_last_lr()[0]
-            loss_here, stopping = all_sum([loss_here / processes.count, stop.number], device)
-            check_loss(loss_here, f"epoch {epoch + 1}, step {step + 1} of {steps_per_epoch}", lr, out)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
+        began, rate = time.perf_counter(), 0.0
+        for loss, rate, stopping in optimizer_steps(loader, loss_of, network, optimizer, scheduler, scaler, dtype, args,
+                                                    processes, stop, step, steps_per_epoch, epoch):
             if ema:
                 ema.update_parameters(model)
             step += 1
-            loss_sum += loss_here
-            rate = (step - first) * args.batch_size / (time.perf_counter() - began)
-            bar.update()
-            bar.set_postfix_str(f"loss {loss_here:.3f}, lr {lr:.2e}, {rate:,.0f} images/s", refresh=False)
+            loss_sum += loss
             if stopping:
-                bar.close()
                 save_last()
                 return leave()
             if args.save_every and step % args.save_every == 0 and step < steps_per_epoch:
                 save_last()
-        bar.close()
         save_last()  # validation takes a while, and a resumed run begins with it
 
-        scores = {"model": evaluate(model, val_loader, device, dtype)}
-        if ema:
-            scores["ema"] = evaluate(ema.module, val_loader, device, dtype)
+        scores = {"model": evaluate(model, val_loader, device, dtype, stop)}
+        if ema and scores["model"]:
+            scores["ema"] = evaluate(ema.module, val_loader, device, dtype, stop)
+        if None in scores.values():
+            return leave()
         better = max(scores, key=lambda name: scores[name]["top1"])
         lr = scheduler.get_last_lr()[0]
         entry = {"epoch": epoch + 1, "loss": loss_sum / steps_per_epoch, "lr": lr, **scores["model"],
@@ -638,12 +781,14 @@ def train(args, processes):
 # ---------------------------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def evaluate(model, loader, device, dtype=None):
+def evaluate(model, loader, device, dtype=None, stop=None):
     """Exact over all processes: loss, and the shares of images, in percent, whose class is the first, or one of the
-    first five, of the model's. With fewer than five classes top-5 is 100."""
+    first five, of the model's. With fewer than five classes top-5 is 100. None if the StopSignal `stop` came first."""
     model.eval()
     loss = top1 = top5 = count = 0
     for images, labels in loader:
+        if stop and stop.number:
+            break
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         with autocast(dtype, device):
@@ -652,8 +797,8 @@ def evaluate(model, loader, device, dtype=None):
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         top1, top5, count = top1 + hits[:, 0].sum().item(), top5 + hits.sum().item(), count + len(labels)
-    loss, top1, top5, count = all_sum([loss, top1, top5, count], device)
-    return {"val_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    loss, top1, top5, count, stopped = all_sum([loss, top1, top5, count, stop.number if stop else 0], device)
+    return None if stopped else {"val_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
 def check_classes(checkpoint, classes, name):
@@ -667,13 +812,24 @@ def check_classes(checkpoint, classes, name):
         raise UserError(f"{name} was trained on other classes than the data's: {ours!r} where the data has {theirs!r}")
 
 
+def settings_in(checkpoint, name, defaults):
+    """A checkpoint's settings, with `defaults` for those that it lacks, as a bare state dict lacks all."""
+    settings = checkpoint.get("settings", {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{name} has no settings of a model; expected a checkpoint of this script, or a state dict")
+    settings = defaults | settings
+    if settings["model"] not in MODELS:
+        raise UserError(f"{name} has a model called {settings['model']!r}; expected one of {', '.join(MODELS)}")
+    return settings
+
+
 def model_from_checkpoint(args):
     """The checkpoint --weights: its model, preprocessing, class names (None in a bare state dict) and contents."""
     if not args.weights:
         raise UserError("--eval and --predict need a checkpoint: --weights FILE")
     checkpoint = load_checkpoint(args.weights)
-    settings = {"model": args.model, "img_size": 224, "val_resize": 256, "mean": MEAN, "std": STD, "classes": None,
-                **checkpoint.get("settings", {})}
+    settings = settings_in(checkpoint, args.weights, {"model": args.model, "img_size": 224, "val_resize": 256,
+                                                      "mean": MEAN, "std": STD, "classes": None})
     try:
         weights = visiongru.named_weights(checkpoint, args.weights)
     except ValueError as error:
@@ -710,17 +866,24 @@ def evaluate_checkpoint(args, processes):
 
 @torch.inference_mode()
 def predict(args, processes):
+    """Print the top-5 classes of images. One that cannot be read is reported, and the others done all the same."""
     model, transform, classes, _ = model_from_checkpoint(args)
     model.to(processes.device, memory_format=torch.channels_last).eval()
     dtype, _ = precision(args.amp, processes.device)
+    unread = 0
     for path in args.predict:
-        image = transform(read_image(path))[None].to(processes.device)
+        try:
+            image = transform(read_image(path))[None].to(processes.device)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            unread += 1
+            continue
         with autocast(dtype, processes.device):
             probabilities = model(image).float().softmax(dim=1)[0]
         print(path)
         for p, k in zip(*(t.tolist() for t in probabilities.topk(min(5, len(probabilities))))):
             print(f"  {100 * p:6.2f} %  {classes[k] if classes else f'class {k}'}")
-    return 0
+    return 2 if unread else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -826,8 +989,10 @@ def parse_arguments(argv=None):
     check(args, ["erasing"], lambda value: 0 <= value <= 1, "a probability from 0 to 1")
     check(args, ("ema", "smoothing"), lambda value: 0 <= value < 1, "a number from 0 to below 1")
     check(args, ["crop_scale"], lambda value: 0 < value <= 1, "a share above 0, at most 1")
-    check(args, ["img_size"], lambda value: value is None or value >= 32, "at least 32 pixels")
-    check(args, ["val_resize"], lambda value: value is None or value >= (args.img_size or 32), "at least --img-size")
+    check(args, ["img_size"], lambda value: value is None or 32 <= value <= MOST_PIXELS,
+          f"at least 32 pixels, at most {MOST_PIXELS}")
+    check(args, ["val_resize"], lambda value: value is None or (args.img_size or 32) <= value <= MOST_PIXELS,
+          f"at least --img-size, at most {MOST_PIXELS}")
     check(args, ["randaug"], lambda value: value[0] >= 0 and 0 <= value[1] <= 30,
           "OPS of at least 0, MAGNITUDE from 0 to 30")
     return args
@@ -841,6 +1006,7 @@ def check_common_arguments(args):
     check(args, ("batch_size", "accum"), lambda value: value >= 1, "a whole number of at least 1")
     check(args, ("workers", "save_every", "lr", "weight_decay", "warmup"),
           lambda value: value >= 0 and math.isfinite(value), "a number of at least 0")
+    check(args, ["seed"], lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
     check(args, ["flip"], lambda value: 0 <= value <= 1, "a probability from 0 to 1")
     check(args, ["drop_path"], lambda value: 0 <= value < 1, "a number from 0 to below 1")
     check(args, ["betas"], lambda value: all(0 <= beta < 1 for beta in value), "two numbers from 0 to below 1")
@@ -855,13 +1021,25 @@ def check(args, names, good, expected):
 
 
 def run(act):
-    """Run a script's `act()` and exit with its status; a UserError is printed without a traceback, status 2."""
+    """Run a script's `act()` and exit with its status; a UserError, and memory that does not suffice, are printed
+    without a traceback, status 2; Ctrl-C while there is nothing to be saved is status 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = act()
-    except UserError as error:
+    except (UserError, MemoryError, RuntimeError, ConnectionError, EOFError) as error:
+        # A process that loads images ends unasked, and its connection with it, where the system has no memory left.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError, ConnectionError, EOFError)) \
+                or any(words in str(error) for words in ("can't allocate memory", "DataLoader worker")):
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            error = (f"{reason}: out of memory? A larger --accum, --checkpoint, fewer --workers, smaller images or "
+                     f"batches need less")
+        elif not isinstance(error, UserError):
+            raise
         below_bar = "\n" if sys.stderr.isatty() else ""  # of a progress bar that was not finished
         print(f"{below_bar}error: {error}", file=sys.stderr, flush=True)
         status = 2
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
