@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import types
+import uuid
 import warnings
 import zipfile
 from datetime import timedelta
@@ -346,8 +347,34 @@ def start_processes(device):
     elif device.type != "cpu":
         raise UserError(f"--device {device}: expected auto, cpu, cuda or cuda:N")
     if count > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        patience = timedelta(minutes=30)
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=fresh_part(store, rank, count),
+                                rank=rank, world_size=count, timeout=patience)
     return types.SimpleNamespace(rank=rank, count=count, device=device)
+
+
+def fresh_part(store, rank, count):
+    """A part of `store` that these `count` processes share and nobody has written to.
+
+    After a crash torchrun starts the processes anew and gives them the store of the ones before. Connecting by the
+    addresses that the dead left there is refused or never ends (pytorch/pytorch#135712), and torchrun's count of
+    restarts is not the same on all hosts. So rank 0 names the part: each process asks under a random name, and is
+    answered under it until it has heard.
+    """
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"question {rank}", question)
+        name = store.get(f"answer {question}").decode()
+        store.set(f"heard {name} {rank}", "")
+    else:
+        name, deaf = uuid.uuid4().hex, range(1, count)
+        while deaf:
+            for other in deaf:  # the question may yet be a dead process's
+                store.set("answer " + store.get(f"question {other}").decode(), name)
+            time.sleep(0.02)
+            deaf = [other for other in deaf if not store.check([f"heard {name} {other}"])]
+    return dist.PrefixStore(name, store)
 
 
 def all_sum(numbers, device):
