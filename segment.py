@@ -373,11 +373,7 @@ def segmentation_loss(outputs, masks):
 
 def train(args, processes):
     """Train as `args` say. -> the exit status: 0, or 128 + the signal's number when one ended the run early."""
-    device, main = processes.device, processes.rank == 0
-
-    def say(*words):
-        if main:
-            print(*words, flush=True)
+    device, main, say = processes.device, processes.rank == 0, common.speaker(processes)
 
     # Data and the run's folder. All that can be wrong with them is found before anything is built or written.
     train_data, val_data = open_data(args)
@@ -446,14 +442,17 @@ def train(args, processes):
         f"{dtype or ('tf32' if device.type == 'cuda' else 'float32')}; in {out}")
     if checkpoint:
         say(f"resumed at step {step}")
+    checkpoint = None  # as large as model and optimizer
     stop = common.StopSignal()
 
     def leave():
+        common.all_sum([0], device)  # nobody ends, for torchrun then ends the others, before the first has saved
         say(f"stopped by a signal after step {step}, and saved: the same command with --resume auto goes on")
         return 128 + (stop.number or signal.SIGTERM)
 
     result = None
     while validated < args.iters:
+        # The step of the next validation: this one, if it is due here and the run was stopped before it was done.
         until = min(math.ceil(max(validated + 1, step) / args.eval_every) * args.eval_every, args.iters)
         batches = training_batches(step, max(step, until), args.batch_size, args.accum, processes)
         loader = common.make_loader(stream, batches, args.workers, device)

@@ -995,6 +995,9 @@ def test_checkpoints_that_are_none_are_named(tmp_path, pictures):
     torch.save(visiongru_nano(num_classes=3, dim=16).state_dict(), tmp_path / "narrow.pt")
     with pytest.raises(train.UserError, match="narrow.pt does not fit this VisionGRU(.|\n)*mis-shaped"):
         train.main(arguments(pictures, tmp_path / "run", "--weights", tmp_path / "narrow.pt"))
+    torch.save({"model": {"a": torch.ones(1)}, "settings": {"model": "base"}}, tmp_path / "base.pt")
+    with pytest.raises(train.UserError, match="base.pt is of --model base. .*base.pt does not fit"):
+        train.main(arguments(pictures, tmp_path / "run", "--weights", tmp_path / "base.pt"))
 
 
 @pytest.mark.parametrize("words, message", [
@@ -1688,7 +1691,7 @@ def test_twenty_kills_on_the_built_in_set(name, words, tmp_path):
 
 
 @pytest.mark.parametrize("name, number", [("train.py", signal.SIGTERM), ("train.py", signal.SIGINT),
-                                          ("segment.py", signal.SIGTERM)])
+                                          ("segment.py", signal.SIGHUP)])
 def test_a_run_that_is_told_to_stop_finishes_its_step_and_loses_none(name, number, finished, segmented, pictures,
                                                                      streets, tmp_path):
     out, alone = tmp_path / "run", finished if name == "train.py" else segmented
@@ -1735,6 +1738,29 @@ def test_a_signal_during_validation_ends_it_and_a_resumed_run_begins_with_it(mod
     assert module.main([*words, "--resume", "auto"]) == 0
     torch.set_num_threads(threads)
     assert_same_end(tmp_path / "run", alone)
+
+
+def test_a_run_goes_on_when_what_reads_its_output_is_gone(pictures, tmp_path):
+    process = script(*arguments(pictures, tmp_path / "run"))
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=100) == 0
+    assert len(history(tmp_path / "run")) == 2
+
+
+def test_a_run_without_a_terminal_says_once_a_minute_how_far_it_is(pictures, tmp_path, monkeypatch, capsys):
+    clock = itertools.count(0, 25)  # seconds from one look to the next
+    monkeypatch.setattr(train, "time", train.types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert train.main(arguments(pictures, tmp_path / "run", "--epochs", 1)) == 0
+    told = re.findall(r"^epoch 1, step (\d) of 6: loss \d\.\d+, lr .* images/s$", capsys.readouterr().out, re.MULTILINE)
+    assert 1 < len(told) < 6 and told == sorted(set(told))
+
+
+def test_only_what_the_user_can_put_right_is_told_without_a_traceback():
+    assert train.explained(train.UserError("such and such")) == "such and such"
+    assert "out of memory?" in train.explained(RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed."))
+    assert train.explained(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback ...")) is None
+    assert train.explained(BrokenPipeError(32, "Broken pipe")) is None
 
 
 def test_a_loader_that_is_killed_ends_the_run_with_an_error_that_says_so(pictures, tmp_path):
@@ -1824,6 +1850,34 @@ def test_a_dead_rank_is_started_again_and_the_run_ends_as_if_undisturbed(pair, p
     assert process.returncode == 0, err
     assert stdout.count("resumed at epoch") == 3 and steps == sorted(set(steps))
     assert_same_end(out, pair)
+
+
+def test_processes_that_read_different_checkpoints_are_told(monkeypatch, finished, pictures, tmp_path):
+    args = train.parse_arguments(arguments(pictures, finished, "--resume", "auto"))
+    sums = []
+
+    def all_sum(numbers, device):  # of this process and of another, which has a checkpoint too, but one step on
+        sums.append(numbers)
+        return [2 * numbers[0] + (len(sums) == 2)]
+    monkeypatch.setattr(train, "all_sum", all_sum)
+    with pytest.raises(train.UserError, match="different checkpoints in .*last.pt: --out must be a folder that all"):
+        train.open_run(args, processes(count=2))
+
+
+@pytest.mark.parametrize("name", ["best.pt", "log.jsonl"])
+def test_a_run_does_not_begin_over_what_is_left_of_another(name, pictures, tmp_path):
+    (tmp_path / name).write_text("dear")
+    for resume in [], ["--resume", "auto"]:
+        with pytest.raises(train.UserError, match=f"{name} is there from an earlier run: another --out begins"):
+            train.main(arguments(pictures, tmp_path, *resume))
+    assert (tmp_path / name).read_text() == "dear" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_log_that_was_edited_badly_is_an_error_and_stays(tmp_path):
+    (tmp_path / "log.jsonl").write_text("loss went down!\n")
+    with pytest.raises(train.UserError, match="log.jsonl has a line that is not of this log"):
+        train.append_log(tmp_path / "log.jsonl", {"epoch": 1}, lambda old: old["epoch"] < 1)
+    assert (tmp_path / "log.jsonl").read_text() == "loss went down!\n"
 
 
 def test_restarted_processes_do_not_find_each_other_by_what_the_dead_have_left():
@@ -2001,7 +2055,7 @@ def test_a_file_size_limit_ends_the_run_and_leaves_the_checkpoint(module, make, 
 
 
 @pytest.mark.parametrize("write", [lambda path: train.save_checkpoint({"weight": torch.ones(10**6)}, path),
-                                   lambda path: train.append_log(path, {"epoch": 1})], ids=["checkpoint", "log"])
+                                   lambda path: train.append_log(path, {"epoch": 1}, lambda old: True)], ids=["checkpoint", "log"])
 def test_a_full_disk_is_named_and_what_was_there_stays(write, tmp_path):
     (tmp_path / "file").write_text('{"epoch": 0}\n')
     (tmp_path / "file.tmp").symlink_to("/dev/full")  # a device on which there is never any space

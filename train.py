@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import types
 import uuid
 import warnings
@@ -47,6 +48,8 @@ import visiongru
 
 MODELS = {"nano": visiongru.visiongru_nano, "tiny": visiongru.visiongru_tiny, "base": visiongru.visiongru_base}
 MOST_PIXELS = 16384  # a side: more would take all memory before the system says so, and other programs with it
+# Ctrl-C, what a scheduler announces the end by, and a terminal that is closed (there is none on Windows).
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 
 
@@ -297,6 +300,7 @@ def training_batches(length, batch_size, accum, processes, seed, epoch, first_st
     steps = length // batch_size
     order = torch.randperm(length, generator=generator)[:steps * batch_size]
     halves = 2 if batch_size // (accum * processes.count) % 2 == 0 else 1
+    # axes: step, half of a micro-batch, micro-batch, image, process
     mine = order.view(steps, halves, accum, -1, processes.count)[first_step:, :, :, :, processes.rank]
     return mine.transpose(1, 2).flatten(2).flatten(0, 1).tolist()
 
@@ -315,13 +319,20 @@ def make_loader(data, batches, workers, device):
 def _start_worker(_):
     # Ctrl-C, or a scheduler's SIGTERM, reaches the workers too. The main process needs them until it has saved, and
     # then ends them; should it not, they end themselves a minute later.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
 # ---------------------------------------------------------------------------------------------------------------------
+
+# gloo's threads take Python's lock to let go of a tensor. Whoever forks at that moment, as for a worker that loads
+# images, gets a child that waits for ever for a lock of CPython's (before 3.12) that nobody holds; whoever then leaves
+# the group waits with the lock for the thread (PyTorch 2.6). They are given the time first, in seconds.
+GLOO_SETTLES = 0.05
+
 
 def start_processes(device):
     """Join the other processes if torchrun started several. -> rank, count, device."""
@@ -351,30 +362,44 @@ def start_processes(device):
         store, _, _ = next(dist.rendezvous("env://", timeout=patience))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=fresh_part(store, rank, count),
                                 rank=rank, world_size=count, timeout=patience)
+        if device.type != "cuda" and hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=lambda: time.sleep(GLOO_SETTLES))
     return types.SimpleNamespace(rank=rank, count=count, device=device)
 
 
 def fresh_part(store, rank, count):
     """A part of `store` that these `count` processes share and nobody has written to.
 
-    After a crash torchrun starts the processes anew and gives them the store of the ones before. Connecting by the
-    addresses that the dead left there is refused or never ends (pytorch/pytorch#135712), and torchrun's count of
-    restarts is not the same on all hosts. So rank 0 names the part: each process asks under a random name, and is
-    answered under it until it has heard.
+    When a process has died, torchrun ends the others, starts all anew and gives them the same store. To connect by the
+    addresses that the dead have left in it is refused or never ends (pytorch/pytorch#135712), and torchrun's count of
+    restarts differs from host to host. So rank 0 makes up a name for the part and tells it the others: each asks under
+    a random word, and only the answer to its own word is for it. Rank 0 may read a dead process's word at first, and
+    so reads and answers again until it has been heard.
     """
     if rank > 0:
-        question = uuid.uuid4().hex
-        store.set(f"question {rank}", question)
-        name = store.get(f"answer {question}").decode()
-        store.set(f"heard {name} {rank}", "")
+        word = uuid.uuid4().hex
+        store.set(f"word of {rank}", word)
+        name = store.get(f"answer to {word}").decode()
+        store.set(f"{name} heard by {rank}", "")
     else:
         name, deaf = uuid.uuid4().hex, range(1, count)
         while deaf:
-            for other in deaf:  # the question may yet be a dead process's
-                store.set("answer " + store.get(f"question {other}").decode(), name)
+            for other in deaf:
+                store.set("answer to " + store.get(f"word of {other}").decode(), name)
             time.sleep(0.02)
-            deaf = [other for other in deaf if not store.check([f"heard {name} {other}"])]
+            deaf = [other for other in deaf if not store.check([f"{name} heard by {other}"])]
     return dist.PrefixStore(name, store)
+
+
+def speaker(processes):
+    """`print` for the first process, silence for the others."""
+    def say(*words):
+        try:
+            if processes.rank == 0:
+                print(*words, flush=True)
+        except OSError:  # the terminal, or the program that reads this, is gone: the run goes on without
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return say
 
 
 def all_sum(numbers, device):
@@ -408,13 +433,13 @@ def autocast(dtype, device):
 
 
 class StopSignal:
-    """Ctrl-C, or the SIGTERM by which a scheduler announces the end: the loop finishes its step, saves and leaves.
-    Twice: at once."""
+    """One of STOP_SIGNALS: the loop finishes its step, saves and leaves. Twice: at once."""
 
     def __init__(self):
         self.number, self.since = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self)
 
     def __call__(self, number, frame):
         # Soon after the first it is the same one by another way: torchrun passes on what the terminal has sent to its
@@ -426,9 +451,13 @@ class StopSignal:
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     os.write(2, b"\nstopping after this step; once more stops at once\n")  # print is not for handlers
         elif time.monotonic() - self.since > soon:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            os._exit(128 + number)
+            end_at_once(128 + number)
+
+
+def end_at_once(status):
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -457,9 +486,10 @@ def write_whole(path, write):
                             + ("; the one written before is still there" if path.exists() else "")) from None
         raise
     if os.name == "posix":  # the rename is on the disk when its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        with contextlib.suppress(OSError):  # not all file systems can do it
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 def save_checkpoint(checkpoint, path):
@@ -500,8 +530,9 @@ def fill_model(model, weights, name, say=print):
         try:
             visiongru.load_weights(model, weights)
         except ValueError as error:
-            raise UserError(str(error).replace("the state dict", str(name)).replace(
-                "load_weights(model.backbone, ...)", "--backbone-weights")) from None
+            size = weights["settings"].get("model") if isinstance(weights.get("settings"), dict) else None
+            raise UserError((f"{name} is of --model {size}. " if size in MODELS else "") + str(error).replace(
+                "the state dict", str(name)).replace("load_weights(model.backbone, ...)", "--backbone-weights")) from None
     for warning in caught:
         say(str(warning.message).replace("the state dict", str(name)))
 
@@ -521,9 +552,16 @@ def open_run(args, processes):
     if checkpoint is not None and not {"optimizer", "args"} <= checkpoint.keys():
         raise UserError(f"--resume {resume}: this file has weights only and cannot be resumed; "
                         f"resume a last.pt, or start from the weights with --weights")
-    if resume != last and last.exists():
-        raise UserError(f"{last} is there from an earlier run: --resume auto goes on with it, "
-                        f"another --out begins a new one")
+    if checkpoint is not None:
+        mark = random_seed(checkpoint.get("epoch"), checkpoint.get("step"), checkpoint["args"]) % 2**40
+        if all_sum([mark], processes.device)[0] != mark * processes.count:
+            raise UserError(f"the processes read different checkpoints in {resume}: --out must be a folder that all "
+                            f"nodes share")
+    for earlier in last, out / "best.pt", out / "log.jsonl":
+        if resume != last and earlier.exists():
+            raise UserError(f"{earlier} is there from an earlier run: "
+                            + ("--resume auto goes on with it, " if earlier == last else "")
+                            + "another --out begins a new one")
     if processes.rank == 0:
         make_folder(out)
         for name in "last.pt", "best.pt", "log.jsonl":  # of a run that was killed while it wrote
@@ -538,7 +576,8 @@ def check_resumed(checkpoint, classes, train_images, args, say=print):
     before = checkpoint["settings"]["train_images"]
     if before != train_images:
         raise UserError(f"--resume: the run was started on {before} training images and there are now {train_images}; "
-                        f"to go on with other data, begin a new run with --weights")
+                        f"to go on with other data, begin a new run with --weights (instead of a picture that cannot "
+                        f"be read put another under its name)")
     machine = {"data", "out", "resume", "weights", "backbone_weights", "device", "workers", "save_every", "compile",
                "checkpoint", "accum"}
     for name, before in checkpoint["args"].items():
@@ -597,10 +636,12 @@ def check_division(args, processes):
     return args.batch_size // parts
 
 
-def append_log(path, entry, keep=None):
+def append_log(path, entry, keep):
     """Add one line to log.jsonl. `keep` says which of the lines of a resumed run still hold; the others go."""
-    lines = [line for line in path.read_text().splitlines() if keep is None or keep(json.loads(line))] \
-        if path.exists() else []
+    try:
+        lines = [line for line in path.read_text().splitlines() if keep(json.loads(line))] if path.exists() else []
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} has a line that is not of this log; move it away to go on") from None
     write_whole(path, lambda file: file.write("".join(line + "\n" for line in [*lines, json.dumps(entry)]).encode()))
 
 
@@ -630,6 +671,7 @@ def optimizer_steps(loader, loss_of, network, optimizer, scheduler, scaler, dtyp
         UserError: the loss is not finite; no step has been taken with it.
     """
     device, out, began, first = processes.device, Path(args.out), time.perf_counter(), step
+    said, say = began, speaker(processes)
     bar = tqdm(total=steps, initial=step, desc=None if epoch is None else f"epoch {epoch + 1}/{args.epochs}",
                unit="step", leave=False, dynamic_ncols=True, disable=None if processes.rank == 0 else True)
     for number, (images, targets) in enumerate(loader):
@@ -662,7 +704,11 @@ def optimizer_steps(loader, loss_of, network, optimizer, scheduler, scaler, dtyp
         step += 1
         rate = (step - first) * args.batch_size / (time.perf_counter() - began)
         bar.update()
-        bar.set_postfix_str(f"loss {loss_here:.3f}, lr {lr:.2e}, {rate:,.1f} images/s", refresh=False)
+        progress = f"loss {loss_here:.3f}, lr {lr:.2e}, {rate:,.1f} images/s"
+        bar.set_postfix_str(progress, refresh=False)
+        if bar.disable and time.perf_counter() - said > 60:  # not a terminal: a line a minute
+            said = time.perf_counter()
+            say(f"{where}: {progress}")
         if stopping:
             bar.close()
         yield loss_here, rate, stopping
@@ -671,11 +717,7 @@ def optimizer_steps(loader, loss_of, network, optimizer, scheduler, scaler, dtyp
 
 def train(args, processes):
     """Train as `args` say. -> the exit status: 0, or 128 + the signal's number when one ended the run early."""
-    device, main = processes.device, processes.rank == 0
-
-    def say(*words):
-        if main:
-            print(*words, flush=True)
+    device, main, say = processes.device, processes.rank == 0, speaker(processes)
 
     # Data and the run's folder. All that can be wrong with them is found before anything is built or written.
     train_data, val_data = open_data(args)
@@ -708,7 +750,7 @@ def train(args, processes):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(
         step, args.epochs * steps_per_epoch, args.warmup * steps_per_epoch))
     dtype, scaler = precision(args.amp, device)
-    epoch, step, loss_sum, best = 0, 0, 0.0, -1.0  # `step` within the epoch
+    epoch, step, loss_sum, best, better = 0, 0, 0.0, -1.0, "model"  # `step` within the epoch
     if checkpoint:
         with must_fit(args):
             model.load_state_dict(checkpoint["model"])
@@ -716,7 +758,10 @@ def train(args, processes):
                 ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
                 ema.n_averaged.fill_(checkpoint["averaged"])
             restore(checkpoint, optimizer, scheduler, scaler)
-            epoch, step, loss_sum, best = (checkpoint[name] for name in ("epoch", "step", "loss_sum", "best"))
+            epoch, step, loss_sum, best, better = (checkpoint[name] for name in (
+                "epoch", "step", "loss_sum", "best", "better"))
+        if not ema:
+            better = "model"
         if not (out / "best.pt").exists():  # resumed into another folder
             best = -1.0
     network = parallel_model(torch.compile(model) if args.compile else model, processes)
@@ -749,10 +794,11 @@ def train(args, processes):
         f"{dtype or ('tf32' if device.type == 'cuda' else 'float32')}; in {out}")
     if checkpoint:
         say(f"resumed at epoch {epoch + 1}, step {step}")
-    better = checkpoint["better"] if checkpoint and ema else "model"
+    checkpoint = None  # as large as model, average and optimizer
     stop = StopSignal()
 
     def leave():
+        all_sum([0], device)  # nobody ends, for torchrun then ends the others, before the first process has saved
         say(f"stopped by a signal in epoch {epoch + 1}, after step {step}, and saved: the same command with --resume "
             f"auto goes on")
         return 128 + (stop.number or signal.SIGTERM)
@@ -898,7 +944,7 @@ def predict(args, processes):
     model.to(processes.device, memory_format=torch.channels_last).eval()
     dtype, _ = precision(args.amp, processes.device)
     unread = 0
-    for path in args.predict:
+    for path in args.predict[processes.rank::processes.count]:
         try:
             image = transform(read_image(path))[None].to(processes.device)
         except UserError as error:
@@ -1026,7 +1072,8 @@ def parse_arguments(argv=None):
 
 
 def default_workers(args):
-    return 0 if args.data is None else min(8, os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if args.data is None else max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def check_common_arguments(args):
@@ -1053,24 +1100,36 @@ def run(act):
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = act()
-    except (UserError, MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        # A process that loads images ends unasked, and its connection with it, where the system has no memory left.
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError, ConnectionError, EOFError)) \
-                or any(words in str(error) for words in ("can't allocate memory", "DataLoader worker")):
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            error = (f"{reason}: out of memory? A larger --accum, --checkpoint, fewer --workers, smaller images or "
-                     f"batches need less")
-        elif not isinstance(error, UserError):
-            raise
-        below_bar = "\n" if sys.stderr.isatty() else ""  # of a progress bar that was not finished
-        print(f"{below_bar}error: {error}", file=sys.stderr, flush=True)
-        status = 2
+        if dist.is_initialized():
+            time.sleep(GLOO_SETTLES)
+            dist.destroy_process_group()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except Exception as error:
+        message = explained(error)
+        below_bar = "\n" if sys.stderr.isatty() else ""  # of a progress bar that was not finished
+        print(f"{below_bar}error: {message}" if message else traceback.format_exc(), file=sys.stderr)
+        status = 2 if message else 1
+    if dist.is_initialized():
+        # The others may be in the midst of a step, waiting for this process. To leave the group in order would be to
+        # wait for them; when it has ended, torchrun ends them, or starts all of them again.
+        for stream in sys.stdout, sys.stderr:
+            with contextlib.suppress(OSError):
+                stream.flush()
+        end_at_once(status)
     sys.exit(status)
+
+
+def explained(error):
+    """What to tell the user of an error, or None of one that nobody expected."""
+    if isinstance(error, UserError):
+        return str(error)
+    # A process that loads images ends unasked, and its connection with it, where the system has no memory left.
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError, ConnectionResetError, EOFError)) \
+            or any(words in str(error) for words in ("can't allocate memory", "DataLoader worker (pid")):
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return (f"{reason}: out of memory? A larger --accum, --checkpoint, fewer --workers, smaller images or batches "
+                f"need less")
 
 
 def main(argv=None):
