@@ -531,8 +531,9 @@ def fill_model(model, weights, name, say=print):
             visiongru.load_weights(model, weights)
         except ValueError as error:
             size = weights["settings"].get("model") if isinstance(weights.get("settings"), dict) else None
-            raise UserError((f"{name} is of --model {size}. " if size in MODELS else "") + str(error).replace(
-                "the state dict", str(name)).replace("load_weights(model.backbone, ...)", "--backbone-weights")) from None
+            message = str(error).replace("the state dict", str(name)).replace(
+                "load_weights(model.backbone, ...)", "--backbone-weights")
+            raise UserError(f"{name} is of --model {size}. {message}" if size in MODELS else message) from None
     for warning in caught:
         say(str(warning.message).replace("the state dict", str(name)))
 
@@ -1026,8 +1027,8 @@ def add_common_arguments(parser, group):
     group.add_argument("--checkpoint", action="store_true",
                        help="activation checkpointing: less memory for more time, the same result")
     group.add_argument("--workers", type=int, default=None, metavar="N",
-                       help="processes that load images, for each training process (one per core, at most 8; built-in "
-                            "set: 0)")
+                       help="processes that load images, for each training process (its share of the cores, at most "
+                            "8; built-in set: 0)")
     group = parser.add_argument_group("run")
     group.add_argument("--out", metavar="DIR",
                        help="for log.jsonl, last.pt and best.pt (runs/DATA-MODEL; segmentation: "
