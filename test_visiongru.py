@@ -738,8 +738,12 @@ def arguments(data, out, *more):
 
 def script(*words, launcher=(), name="train.py", **kw):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def heed_signals():  # which nohup, and a shell in the background, have had ignored
+        for number in signal.SIGINT, signal.SIGHUP:
+            signal.signal(number, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, *launcher, HERE / name, *words], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_signals, **kw)
 
 
 def history(out):

@@ -48,8 +48,10 @@ import visiongru
 
 MODELS = {"nano": visiongru.visiongru_nano, "tiny": visiongru.visiongru_tiny, "base": visiongru.visiongru_base}
 MOST_PIXELS = 16384  # a side: more would take all memory before the system says so, and other programs with it
-# Ctrl-C, what a scheduler announces the end by, and a terminal that is closed (there is none on Windows).
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+# Ctrl-C, what a scheduler announces the end by, and a terminal that is closed, unless nohup has had that ignored.
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    STOP_SIGNALS.append(signal.SIGHUP)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 
 
@@ -438,8 +440,7 @@ class StopSignal:
     def __init__(self):
         self.number, self.since = 0, 0.0
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, self)
+            signal.signal(number, self)
 
     def __call__(self, number, frame):
         # Soon after the first it is the same one by another way: torchrun passes on what the terminal has sent to its
