@@ -481,6 +481,9 @@ def train(args, processes):
         loss_mean = loss_sum / (step - validated)
         say(f"step {step:6d}/{args.iters}  loss {loss_mean:.4f}  lr {lr:.2e}  {summary(result)}  {rate:,.1f} images/s  "
             f"{time.perf_counter() - began:.0f} s")
+        if validated == 0 and args.zero_is_ignore and math.isnan(result["acc"][-1]):
+            say(f"note: no pixel to validate on has the last label, {len(classes)}; if labels count from 0, begin "
+                f"again with --no-zero-is-ignore")
         if main:
             def by_class(values):
                 return {name: None if math.isnan(x) else x for name, x in zip(classes, values)}

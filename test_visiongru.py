@@ -1451,6 +1451,16 @@ def seg_arguments(data, out, *more):
         "--device", "cpu", "--workers", 0, *more)]
 
 
+@pytest.mark.parametrize("more, told", [(["--zero-is-ignore"], True), (["--no-zero-is-ignore"], False)])
+def test_labels_that_may_count_from_0_are_pointed_out(more, told, tmp_path, capsys):
+    for i in range(4):
+        for split in "training", "validation":
+            write_labelled(tmp_path / "data", split, str(i), [[0, 1, 2, 1]])
+    (tmp_path / "data" / "classes.txt").write_text("road\nwall\nsky\n")
+    assert segment.main(seg_arguments(tmp_path / "data", tmp_path / "run", "--iters", 1, *more)) == 0
+    assert ("the last label, 3; if labels count from 0" in capsys.readouterr().out) == told
+
+
 @pytest.fixture(scope="session")
 def segmented(streets, tmp_path_factory):
     """A run left alone, with the whole recipe: every kind of randomness is on."""
