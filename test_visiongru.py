@@ -2506,7 +2506,7 @@ def test_any_command_line_ends_with_0_or_2_and_never_a_traceback(name, count, fi
         base = make(data, "new", *{"train": ("--epochs", 1, "--batch-size", 16), "segment": ("--iters", 1)}[name])
         words = [*(base if chance.random() < 0.8 else base[2:]), *command_line(options, chance)]
         with pytest.raises(SystemExit) as end:
-            train.run(lambda: module.main(words))  # an error that it does not know comes through
+            train.run(lambda: module.main(words))  # with 1 for an error that it does not know
         captured = capsys.readouterr()
         statuses.append(end.value.code)
         assert end.value.code in (0, 2) and "Traceback" not in captured.err, words
