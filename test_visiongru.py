@@ -1755,11 +1755,11 @@ def test_a_signal_during_validation_ends_it_and_a_resumed_run_begins_with_it(mod
 
 
 def test_a_run_goes_on_when_what_reads_its_output_is_gone(pictures, tmp_path):
-    process = script(*arguments(pictures, tmp_path / "run"))
+    process = script(*arguments(pictures, tmp_path / "run", "--epochs", 1))
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=100) == 0
-    assert len(history(tmp_path / "run")) == 2
+    assert len(history(tmp_path / "run")) == 1
 
 
 def test_a_run_without_a_terminal_says_once_a_minute_how_far_it_is(pictures, tmp_path, monkeypatch, capsys):
@@ -1966,9 +1966,9 @@ def more_pictures(pictures, tmp_path_factory):
 
 
 @pytest.mark.parametrize("shapes", [
-    [(2, 2, 1), (4, 4, 0)],
+    [(4, 2, 1)],
     pytest.param([(p, a, w) for p in (1, 2, 4) for a in (1, 2, 4) for w in (0, 1, 4)][1:], marks=pytest.mark.slow)],
-    ids=["some shapes", "all 27 shapes"])
+    ids=["one and four processes", "all 27 shapes"])
 def test_fifty_steps_have_the_same_losses_in_any_shape_of_the_machine(shapes, more_pictures, tmp_path):
     """The whole recipe is on: random crops, RandAugment, erasing, mixup and cutmix; drop-path is not."""
     largest = 0.0
