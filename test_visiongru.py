@@ -75,6 +75,32 @@ def test_the_three_scans_agree_in_value_and_gradient(T, with_h0, reverse):
             torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
 
 
+POWERS_OF_ROW = [length + i for length in (16**2, 16**3) for i in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("with_h0", [False, True])
+def test_the_parallel_scan_is_the_loop_at_every_length(with_h0, reverse):
+    for T in [*range(1, 301), *POWERS_OF_ROW]:
+        inputs = [None if t is None else t[:1, ..., :1].detach().requires_grad_() for t in coefficients(T, with_h0)]
+        weight = torch.randn(1, T, 1, dtype=torch.float64)
+        results = []
+        for scan in (scan_sequential, scan_parallel):
+            h = scan(*inputs, reverse=reverse)
+            results.append([h, *torch.autograd.grad((h * weight).sum(), [t for t in inputs if t is not None])])
+        for expected, value in zip(*results):
+            torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11, msg=lambda m: f"T = {T}: {m}")
+
+
+def test_a_sequence_of_no_elements_has_no_states_and_mingru_refuses_it():
+    a = torch.rand(2, 0, 3)
+    for scan in (scan_sequential, scan_parallel, scan_log):
+        for h0 in (None, torch.rand(2, 3)):
+            assert scan(a, a, h0).shape == (2, 0, 3)
+    with pytest.raises(ValueError, match=r"shape \(2, 0, 4\); expected \(B, T, dim\) with T of at least 1"):
+        MinGRU(4)(torch.rand(2, 0, 4))
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("with_h0", [False, True])
 @pytest.mark.parametrize("T", [1, 2, 5, 8])
@@ -177,12 +203,12 @@ def test_step_equals_the_whole_sequence_and_the_state_carries(scan):
     torch.testing.assert_close(h_13, h_T)
 
 
-@pytest.mark.parametrize("size", [2**19, 100, 1], ids=["in one piece", "in pieces", "step by step"])
+@pytest.mark.parametrize("piece", [2**21, 1000, 1], ids=["in one piece", "in pieces", "in small pieces"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("with_h0", [False, True])
 @pytest.mark.parametrize("T", [1, 2, 3, 12, 37, 1009])
-def test_mingru_in_parallel_is_the_loop_in_value_and_gradient(T, with_h0, reverse, size, monkeypatch):
-    monkeypatch.setattr(visiongru, "_piece_size", lambda h: size)
+def test_mingru_in_parallel_is_the_loop_in_value_and_gradient(T, with_h0, reverse, piece, monkeypatch):
+    monkeypatch.setattr(visiongru, "PIECE", piece)  # numbers
     loop, ours = MinGRU(3, 2, "sequential").double(), MinGRU(3, 2, "parallel").double()
     ours.load_state_dict(loop.state_dict())
     x = torch.randn(2, T, 3, dtype=torch.float64, requires_grad=True)
@@ -207,16 +233,25 @@ def test_at_zero_input_both_forms_have_the_same_gradient():
         torch.testing.assert_close(grad, expected)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", [(1, 23, 6), (2, 12, 4), (3, 7, 2)])
-def test_the_operators_are_what_the_compiler_is_told(shape, reverse):
-    u, h0 = torch.randn(shape), torch.rand(shape[0], shape[2] // 2)
-    h = visiongru._min_gru(u, h0, reverse)
-    for op, args in ((visiongru._scan, (torch.rand_like(h), torch.rand_like(h), h0, reverse)),
-                     (visiongru._min_gru, (u, h0, reverse)), (visiongru._min_gru, (u.bfloat16(), None, reverse)),
-                     (visiongru._min_gru_backward, (torch.randn_like(h), u, h, reverse)),
-                     (visiongru._min_gru_backward, (torch.randn_like(h), u.bfloat16(), h, reverse))):
-        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+def test_torch_func_maps_over_scans_and_gives_per_sample_gradients():
+    a, b, h0 = torch.rand(3, 2, 37, 4), torch.rand(3, 2, 37, 4), torch.rand(3, 2, 4)
+    for reverse in (False, True):
+        def scan(*inputs):
+            return scan_parallel(*inputs, reverse=reverse)
+        torch.testing.assert_close(torch.func.vmap(scan)(a, b, h0), scan(a, b, h0))
+        torch.testing.assert_close(torch.func.vmap(scan, in_dims=1, out_dims=1)(a, b, h0), scan(a, b, h0))
+    model = VisionGRU(5, **MICRO).double()
+    x, y = torch.randn(3, 3, 40, 48, dtype=torch.float64), torch.tensor([0, 1, 2])
+    names, weights = zip(*model.named_parameters())
+
+    def loss(weights, image, label):
+        logits = torch.func.functional_call(model, dict(zip(names, weights)), (image[None],))
+        return F.cross_entropy(logits, label[None])
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, x, y)
+    for i in range(3):
+        alone = torch.autograd.grad(F.cross_entropy(model(x[i:i + 1]), y[i:i + 1]), weights)
+        for gradient, expected in zip(mapped, alone):
+            torch.testing.assert_close(gradient[i], expected)
 
 
 def test_mingru_can_be_differentiated_twice():
@@ -244,7 +279,7 @@ def test_mingrus_float32_gradients_are_as_accurate_as_the_loops(gates):
     exact = gradient(loop, torch.float64)
     for half in (slice(0, 4), slice(4, 8)):  # of the candidates, and of the gates
         error, of_loop = ((gradient(scan, torch.float32) - exact)[..., half].abs().max() / exact[..., half].abs().max()
-                          for scan in (lambda v: visiongru._ParallelMinGRU.apply(v, None, True), loop))
+                          for scan in (lambda v: visiongru._ParallelMinGRU.apply(v, None, True)[0], loop))
         assert error < 3 * of_loop + 1e-6
 
 
@@ -534,14 +569,64 @@ def test_activation_checkpointing_changes_memory_and_nothing_else():
     assert kept[1] < 0.5 * kept[0]
 
 
-def test_the_model_exports_with_any_batch_size():
-    model = VisionGRU(5, **MICRO).eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(model, (torch.randn(2, 3, 40, 64),), dynamic_shapes={"x": {0: batch}},
-                                   strict=False).module()
-    for count in (1, 2, 5):
-        x = torch.randn(count, 3, 40, 64)
-        torch.testing.assert_close(exported(x), model(x))
+def exported(model, x, **sizes):
+    """The program of torch.export, with any batch size, and of any height and width if `sizes` gives their dims."""
+    dynamic = {0: torch.export.Dim("batch"), **{{"height": 2, "width": 3}[name]: dim for name, dim in sizes.items()}}
+    return torch.export.export(model.eval(), (x,), dynamic_shapes=(dynamic,), strict=False)
+
+
+SIDES = {name: torch.export.Dim(name, min=33, max=1024) for name in ("height", "width")}
+BATCHES = [(1, 3, 40, 64), (5, 3, 40, 64)]
+SIZES = [(1, 3, 33, 50), (2, 3, 40, 64), (3, 3, 97, 130), (1, 3, 256, 200)]
+
+
+@pytest.mark.parametrize("sides, shapes", [({}, BATCHES), (SIDES, SIZES)], ids=["any batch", "any size"])
+def test_a_pt2_file_runs_where_visiongru_is_unknown(sides, shapes, tmp_path):
+    model = VisionGRU(5, **MICRO)
+    torch.export.save(exported(model, torch.randn(2, 3, 40, 64), **sides), tmp_path / "model.pt2")
+    images = [torch.randn(shape) for shape in shapes]
+    torch.save(images, tmp_path / "images.pt")
+    (tmp_path / "run.py").write_text("""if True:
+        import sys, torch
+        sys.modules["visiongru"] = None  # to import it is an error
+        model = torch.export.load("model.pt2").module()
+        torch.save([model(x) for x in torch.load("images.pt")], "logits.pt")
+        assert "torchvision" not in sys.modules
+    """)
+    subprocess.run([sys.executable, "run.py"], cwd=tmp_path, check=True)
+    for x, logits in zip(images, torch.load(tmp_path / "logits.pt")):
+        torch.testing.assert_close(logits, model(x))
+
+
+def assert_runs_as_onnx(model, x, shapes, folder, sides={}):
+    """The ONNX file's logits differ from the model's by less than 1e-4 of their deviation."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
+    pytest.importorskip("onnxscript", reason="pip install -e '.[export]'")
+    program = torch.onnx.export(exported(model, x, **sides), dynamo=True, optimize=False, verbose=False)
+    program.save(folder / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
+    for shape in shapes:
+        images = torch.randn(shape)
+        with torch.no_grad():
+            expected = model(images)
+        logits = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+        assert logits.shape == expected.shape and (logits - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("sides, shapes", [({}, BATCHES), (SIDES, SIZES)], ids=["any batch", "any size"])
+def test_onnxruntime_gives_the_models_logits(sides, shapes, tmp_path):
+    assert_runs_as_onnx(VisionGRU(5, **MICRO), torch.randn(2, 3, 40, 64), shapes, tmp_path, sides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [visiongru_nano, visiongru_tiny, lambda: UPerNet(visiongru_nano(), 7, 64, 32)],
+                         ids=["nano", "tiny", "upernet"])
+def test_onnxruntime_gives_the_logits_at_224_px(make, tmp_path):
+    began = time.perf_counter()
+    assert_runs_as_onnx(make(), torch.randn(2, 3, 224, 224), [(1, 3, 224, 224), (3, 3, 224, 224)], tmp_path)
+    print(f"{time.perf_counter() - began:.0f} s")
 
 
 def test_the_named_models_take_the_arguments_of_visiongru():
@@ -599,7 +684,7 @@ def test_a_head_of_another_class_count_is_left_alone_with_one_message(names):
         assert torch.equal(value, before[name] if name.startswith("head.") else source.state_dict()[name])
 
 
-def test_any_other_mismatch_lists_all_that_is_wrong_and_changes_nothing():
+def test_any_other_mismatch_lists_what_is_wrong_and_changes_nothing():
     state = VisionGRU(5, **MICRO).state_dict()
     state["extra.weight"] = state.pop("stem.conv1.bias")
     state["stages.0.0.norm1.weight"] = torch.zeros(9)
@@ -611,8 +696,31 @@ def test_any_other_mismatch_lists_all_that_is_wrong_and_changes_nothing():
     assert "unexpected: extra.weight" in str(error.value)
     assert "mis-shaped: stages.0.0.norm1.weight (9,) instead of (8,)" in str(error.value)
     assert same(model, before)
-    with pytest.raises(ValueError, match="mis-shaped: .*head.weight"):
+
+
+def test_a_mismatch_names_a_few_keys_of_each_kind_and_counts_the_rest():
+    with pytest.raises(ValueError, match=r"mis-shaped: stem.conv1.weight .* and \d+ more") as error:
         load_weights(VisionGRU(5, 10, MICRO["depths"]), VisionGRU(7, **MICRO).state_dict())
+    assert len(str(error.value)) < 400
+    with torch.device("meta"):
+        tiny, nano = visiongru_tiny(), visiongru_nano()
+    with pytest.raises(ValueError, match=r"missing: .* and \d+ more\n.*mis-shaped: .* and \d+ more") as error:
+        load_weights(tiny, nano.state_dict())
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("prefix, decoder", [("", False), ("backbone.", False), ("backbone.vig.", False),
+                                             ("backbone.", True), ("backbone.vig.", True)])
+def test_a_backbone_without_a_classifier_loads_with_one_message_about_the_head(prefix, decoder):
+    source, model = VisionGRU(5, **MICRO), VisionGRU(5, **MICRO)
+    state = {prefix + key: value for key, value in source.state_dict().items() if not key.startswith("head.")}
+    if decoder:
+        state["decode_head.conv_seg.weight"] = torch.zeros(3, 4, 1, 1)
+    expected = {**source.state_dict(), **{key: value.clone() for key, value in model.state_dict().items()
+                                          if key.startswith("head.")}}
+    with pytest.warns(UserWarning, match="has no classifier: head is left at its initial values") as caught:
+        load_weights(model, state)
+    assert len(caught) == 1 and same(model, expected)
 
 
 def test_files_that_hold_no_weights_are_named(tmp_path):
@@ -635,6 +743,28 @@ def test_the_model_compiles_as_one_graph():
         results.append([y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))])
     for value, expected in zip(*results):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
+def test_a_compiled_mingru_is_the_eager_one_in_few_kernels(amp):
+    gru = MinGRU(4)
+    x, h0 = torch.randn(2, 3136, 4, requires_grad=True), torch.rand(2, 8, requires_grad=True)
+    wanted = [x, h0, *gru.parameters()]
+    results, kernels = [], []
+    for network in (gru, torch.compile(gru, fullgraph=True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            torch._inductor.metrics.reset()
+            y, h = network(x, h0)
+            kernels.append(torch._inductor.metrics.generated_kernel_count)
+        gradients = torch.autograd.grad(y.float().square().mean() + h.square().mean(), wanted)
+        kernels.append(torch._inductor.metrics.generated_kernel_count)
+        results.append([y, h, *gradients])
+    for value, expected in zip(*results):
+        scale = expected.detach().float().abs().max()
+        # bf16's products and sums round to 8 bits, and not the same ones
+        torch.testing.assert_close(value / scale, expected / scale, rtol=0, atol=2**-6 if amp else 1e-6)
+    assert 0 < kernels[2] <= 14 and kernels[3] <= 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------

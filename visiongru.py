@@ -36,7 +36,6 @@ import math
 import os
 import re
 import warnings
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -50,18 +49,116 @@ from torchvision.ops import Conv2dNormActivation, StochasticDepth
 #
 # Three functions with one signature: a and b are (B, T, E), h0 is (B, E) or None for zero, and the result holds every
 # h_t, (B, T, E). With reverse=True time runs from the last element to the first, h_t = a_t h_{t+1} + b_t, and h0 is
-# the state beyond the last element.
+# the state beyond the last element. In place of B there may be any number of dimensions.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def scan_sequential(a, b, h0=None, reverse=False):
     """The definition, one step after another: T steps, each on (B, E)."""
-    h = torch.zeros_like(b[:, 0]) if h0 is None else h0
+    h = torch.zeros_like(b.select(-2, 0)) if h0 is None and b.shape[-2] else h0
     states = []
-    steps = range(a.shape[1])
-    for t in reversed(steps) if reverse else steps:
-        h = a[:, t] * h + b[:, t]
+    for a_t, b_t in _in_time(a, b, reverse):
+        h = torch.addcmul(b_t, a_t, h)                                          # a_t h + b_t
         states.append(h)
-    return torch.stack(states[::-1] if reverse else states, dim=1)
+    return torch.stack(states[::-1] if reverse else states, dim=-2) if states else b.clone()
+
+
+def _in_time(a, b, reverse):
+    """All (a_t, b_t), in the order of time."""
+    pairs = list(zip(a.unbind(-2), b.unbind(-2)))
+    return pairs[::-1] if reverse else pairs
+
+
+def scan_parallel(a, b, h0=None, reverse=False):
+    """Ours: a recursion in plain tensor operations. Cut the sequence into rows of a few steps. A row takes the state s
+    before it to
+
+        product * s + end,
+
+    where `product` is the product of the row's a's, and `end` the state at the row's end had it started from zero. So
+
+        1. step through all rows at once, from zero, for each row's product and end;
+        2. the states after the rows obey the same recurrence with these two as coefficients, in a sequence as much
+           shorter as a row is long: scan it in the same way;
+        3. step through all rows at once again, each from its true state, and keep every h_t.
+
+    That is O(T) work in O(log T) steps: 104 at T = 3,136. With 0 <= a <= 1, b >= 0 and h0 >= 0 every operation adds or
+    multiplies numbers of one sign, so nothing overflows and nothing cancels: in float32 it keeps the accuracy of the
+    sequential form at any length.
+    """
+    return _ParallelScan.apply(a, b, h0, reverse)
+
+
+ROW = 16  # steps. Longer rows make more launches on a GPU, and kernels too large for torch.compile to fuse; shorter ones
+# make more passes.
+
+
+def _scan(a, b, h0, reverse):
+    """`scan_parallel` without its gradient."""
+    T = b.shape[-2]
+    if isinstance(T, torch.SymInt):  # torch.export, told that images may have any size
+        return _doubling_scan(a, b, h0, reverse)
+    if T <= ROW:
+        return scan_sequential(a, b, h0, reverse)
+    row = next((R for R in range(ROW, 3, -1) if T % R == 0), ROW)
+    if T % row:  # fill the last row with steps that change nothing
+        fill = (0, 0, 0, -T % row)
+        return _scan(F.pad(a, fill, value=1.0), F.pad(b, fill), h0, reverse)[..., :T, :]
+
+    a, b = (x.unflatten(-2, (-1, row)) for x in (a, b))                         # (B, T, E) -> (B, rows, row, E)
+    (product, end), *rest = _in_time(a, b, reverse)                             # (B, rows, E)
+    for a_t, b_t in rest:
+        product, end = a_t * product, torch.addcmul(b_t, a_t, end)
+    after = _scan(product, end, h0, reverse)
+    return scan_sequential(a, b, _before(after, h0, reverse), reverse).flatten(-3, -2)
+
+
+def _before(h, h0, reverse):
+    """The state before each element: h (B, T, E) moved by one in time, with h0 (B, E), or zero, before the first."""
+    first = torch.zeros_like(h[..., :1, :]) if h0 is None else h0.unsqueeze(-2)
+    return torch.cat([h[..., 1:, :], first] if reverse else [first, h[..., :-1, :]], dim=-2)
+
+
+def _doubling_scan(a, b, h0, reverse):
+    """For a T that is not known yet: after k rounds, a_t and b_t stand for the 2^k steps that end with t, and to join
+    them to the 2^k before them is one step on the whole (Hillis and Steele, 1986). 16 rounds are enough for 65,536
+    steps, an image of 1024 x 1024 pixels; they move five times as much memory as the recursion.
+    """
+    def earlier(x, steps, value):
+        filled = F.pad(x, (0, 0, 0, steps) if reverse else (0, 0, steps, 0), value=value)
+        return filled[..., steps:, :] if reverse else filled[..., :x.shape[-2], :]
+
+    for k in range(16):
+        a, b = a * earlier(a, 2**k, 1.0), torch.addcmul(b, a, earlier(b, 2**k, 0.0))
+    return b if h0 is None else torch.addcmul(b, a, h0.unsqueeze(-2))
+
+
+class _ParallelScan(torch.autograd.Function):
+    """With grad_t the gradient that h_t receives directly, and G_t what it receives through the later states as well,
+
+        G_t = grad_t + a_{t+1} G_{t+1},    dL/db_t = G_t,    dL/da_t = G_t h_{t-1},    dL/dh_0 = a_1 G_1:
+
+    the gradient of a scan is the same scan run backwards. Only a, h and h0 are kept for it, and it can itself be
+    differentiated.
+    """
+
+    generate_vmap_rule = True  # for torch.func
+
+    @staticmethod
+    def forward(a, b, h0, reverse):
+        return _scan(a, b, h0, reverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs, h):
+        a, _, h0, ctx.reverse = inputs
+        ctx.save_for_backward(a, h, h0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, h, h0 = ctx.saved_tensors
+        against, first = not ctx.reverse, -1 if ctx.reverse else 0
+        a_next = _before(a, None, against)  # the next in time is the one before in the backward scan's order
+        G = scan_parallel(a_next, grad, None, against)
+        return G * _before(h, h0, ctx.reverse), G, None if h0 is None else a[..., first, :] * G[..., first, :], None
 
 
 def scan_log(a, b, h0=None, reverse=False):
@@ -74,121 +171,14 @@ def scan_log(a, b, h0=None, reverse=False):
     comparison.
     """
     if reverse:
-        return scan_log(a.flip(1), b.flip(1), h0).flip(1)
+        return scan_log(a.flip(-2), b.flip(-2), h0).flip(-2)
     if h0 is not None:  # h_1 = a_1 h_0 + b_1: the state before the first element goes into the first b
-        b = torch.cat([torch.addcmul(b[:, :1], a[:, :1], h0[:, None]), b[:, 1:]], dim=1)
+        b = torch.cat([torch.addcmul(b[..., :1, :], a[..., :1, :], h0.unsqueeze(-2)), b[..., 1:, :]], dim=-2)
     # In float32 at least: log A_t leaves float16's range.
     dtype, a, b = b.dtype, *(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
     tiny = torch.finfo(a.dtype).tiny  # a gate that is fully open has a = 0; what it forgets is below rounding anyhow
-    log_A = a.clamp_min(tiny).log().cumsum(dim=1)
-    return (log_A + torch.logcumsumexp(b.clamp_min(tiny).log() - log_A, dim=1)).exp().to(dtype)
-
-
-def scan_parallel(a, b, h0=None, reverse=False):
-    """Ours: real-space, O(T) work in O(sqrt(T)) steps, with its gradient written out (see `_ParallelScan`).
-
-    With 0 <= a <= 1, b >= 0 and h0 >= 0 every operation adds or multiplies numbers of one sign, nothing overflows and
-    nothing cancels: in float32 it keeps the accuracy of the sequential form at any length.
-    """
-    return _ParallelScan.apply(a, b, h0, reverse)
-
-
-class _ParallelScan(torch.autograd.Function):
-    """With grad_t the gradient that h_t receives directly, and G_t what it receives through the later states as well,
-
-        G_t = grad_t + a_{t+1} G_{t+1},    dL/db_t = G_t,    dL/da_t = G_t h_{t-1},    dL/dh_0 = a_1 G_1:
-
-    the gradient of a scan is the same scan run backwards, so `backward` calls the forward pass with the direction
-    turned round. Only a, h and h0 are kept for it, and it can itself be differentiated.
-    """
-
-    @staticmethod
-    def forward(ctx, a, b, h0, reverse):
-        h = _scan(a, b, h0, reverse)
-        ctx.save_for_backward(a, h, h0)
-        ctx.reverse = reverse
-        return h
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, h, h0 = ctx.saved_tensors
-        # roll brings each a to the element before it. It wraps the first a round to the end, where it meets the zero
-        # state that the backward scan starts from.
-        first, shift = (-1, 1) if ctx.reverse else (0, -1)
-        G = _ParallelScan.apply(a.roll(shift, dims=1), grad, None, not ctx.reverse)
-        return G * _before(h, h0, ctx.reverse), G, None if h0 is None else a[:, first] * G[:, first], None
-
-
-# An operator of its own, so that torch.compile and torch.export see one node instead of many small steps.
-@torch.library.custom_op("visiongru::scan", mutates_args=())
-def _scan(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
-    """The forward pass of `scan_parallel`."""
-    h = torch.empty_like(b, memory_format=torch.contiguous_format)
-    for piece, width in _pieces(h, reverse):
-        h0 = _scan_piece(a[:, piece], b[:, piece], h0, reverse, h[:, piece], width)
-    return h
-
-
-@_scan.register_fake
-def _(a, b, h0, reverse):
-    return torch.empty_like(b, memory_format=torch.contiguous_format)
-
-
-def _pieces(h, reverse, at_most=None):
-    """Cut the T steps of h (B, T, E) into pieces of about `at_most` numbers, by default into one. `_scan_piece` sees
-    each as rows of `width` steps, about as many rows as steps in a row: yields the piece's slice of T, in the order of
-    time, and its width. What does not fill whole rows is left for shorter pieces: T = 50 gives 49 = 7 x 7, then 1.
-    """
-    B, T, E = h.shape
-    longest = T if at_most is None else max(1, at_most // max(1, B * E))
-    done = 0
-    while done < T:
-        length = min(longest, T - done)
-        width = math.isqrt(length)
-        length -= length % width
-        yield slice(T - done - length, T - done) if reverse else slice(done, done + length), width
-        done += length
-
-
-def _scan_piece(a, b, h0, reverse, h, width):
-    """Write a scan's states into h. The sequence is seen as rows of `width` steps, whatever the image's rows are:
-
-        1. scan all rows at once from a zero state, keeping only each row's end and the product of its a's;
-        2. carry from row to row: a recurrence over the rows' ends gives the state before each row;
-        3. scan all rows at once again, each from its true state, and write every h_t.
-
-    That is 2 width + rows operations. One of 1 and 3 works on one step of each row, a column (B, rows, E): a strided
-    view. Returns the state after the last step, (B, E).
-    """
-    a, b, h = (_in_time(x.unflatten(1, (-1, width)).unbind(2), reverse) for x in (a, b, h))  # now tuples of columns
-
-    product, end = a[0].clone(), b[0].clone()
-    for a_t, b_t in zip(a[1:], b[1:]):
-        torch.addcmul(b_t, a_t, end, out=end)
-        product *= a_t
-
-    before = torch.zeros_like(end)
-    if h0 is not None:
-        before[:, -1 if reverse else 0] = h0
-    rows = zip(*(_in_time(x.unbind(1), reverse) for x in (product, end, before)))
-    for (product_r, end_r, before_r), (_, _, before_next) in pairwise(rows):
-        torch.addcmul(end_r, product_r, before_r, out=before_next)
-
-    state = before
-    for a_t, b_t, h_t in zip(a, b, h):
-        state = torch.addcmul(b_t, a_t, state, out=h_t)
-    return state[:, 0 if reverse else -1]
-
-
-def _in_time(parts, reverse):
-    """The parts in the order of time."""
-    return parts[::-1] if reverse else parts
-
-
-def _before(h, h0, reverse):
-    """The state before each element: h (B, T, E) moved by one in time, with h0 (B, E), or zero, before the first."""
-    first = torch.zeros_like(h[:, :1]) if h0 is None else h0[:, None]
-    return torch.cat([h[:, 1:], first], dim=1) if reverse else torch.cat([first, h[:, :-1]], dim=1)
+    log_A = a.clamp_min(tiny).log().cumsum(dim=-2)
+    return (log_A + torch.logcumsumexp(b.clamp_min(tiny).log() - log_A, dim=-2)).exp().to(dtype)
 
 
 SCANS = {"parallel": scan_parallel, "log": scan_log, "sequential": scan_sequential}
@@ -197,6 +187,9 @@ SCANS = {"parallel": scan_parallel, "log": scan_log, "sequential": scan_sequenti
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. minGRU
 # ---------------------------------------------------------------------------------------------------------------------
+
+PIECE = 2**21  # numbers, of (B, T, 2E)
+
 
 class MinGRU(nn.Module):
     """minGRU (arXiv 2410.01201): a GRU whose gate and candidate depend on the input alone.
@@ -235,11 +228,27 @@ class MinGRU(nn.Module):
         With reverse=True the sequence is read from its end, h0 is the state beyond the end, and the state returned is
         the one at the first element.
         """
-        if self.scan == "parallel":  # scan_parallel, fused with its coefficients
-            h = _ParallelMinGRU.apply(self.in_proj(x), h0, reverse)
-        else:
+        if x.ndim < 2 or x.shape[-2] == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, T, dim) with T of at least 1")
+        if self.scan != "parallel":
             h = SCANS[self.scan](*self.coefficients(x), h0, reverse)
-        return self.out_proj(h.to(x.dtype)), h[:, 0 if reverse else -1]
+            return self.out_proj(h.to(x.dtype)), h[..., 0 if reverse else -1, :]
+        # The same in less memory.
+        pieces, h_T = [], h0
+        for x_piece in self._pieces(x, reverse):
+            h, h_T = _ParallelMinGRU.apply(self.in_proj(x_piece), h_T, reverse)
+            pieces.append(self.out_proj(h.to(x.dtype)))
+        return torch.cat(pieces[::-1] if reverse else pieces, dim=-2), h_T
+
+    def _pieces(self, x, reverse):
+        """x cut along T, in the order of time. On a CPU that runs one operation after another, a piece is so small that
+        what is made of it on the way stays in the cache; the state is handed on. A GPU wants few launches, and
+        torch.compile keeps all that in registers: there it is one piece."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return [x]
+        T, numbers = x.shape[-2], x.numel() // x.shape[-1] * self.in_proj.out_features
+        steps = ROW * math.ceil(T / (ROW * math.ceil(numbers / PIECE)))
+        return x.split(steps, dim=-2)[::-1 if reverse else 1]
 
     def step(self, x_t, h=None):
         """One element of a stream: x_t (B, dim), h (B, E) or None for zero -> y_t (B, dim), h (B, E)."""
@@ -254,19 +263,24 @@ class MinGRU(nn.Module):
 
 def coefficients(u):
     """u = (W_h x, W_z x), (..., 2E) -> a = 1 - z and b = z * h~, both (..., E) and in float32 at least."""
-    candidate, gate = u.to(torch.promote_types(u.dtype, torch.float32)).chunk(2, dim=-1)
-    # sigmoid(-gate), not 1 - z: the subtraction would leave few digits of an a near zero
-    return torch.sigmoid(-gate), torch.sigmoid(gate) * g(candidate)
+    a, z, candidate = _gates(u)
+    return a, z * candidate
 
 
-def g(u):
-    """The candidate's activation: u + 1/2 for u >= 0, sigmoid(u) for u < 0. Continuous and always positive."""
-    return torch.where(u >= 0, u + 0.5, torch.sigmoid(u))
+def _gates(u):
+    """u (..., 2E) -> a = 1 - z, z and h~ = g(W_h x), each (..., E) and in float32 at least."""
+    u = u.to(torch.promote_types(u.dtype, torch.float32))
+    candidate, gate = u.chunk(2, dim=-1)
+    g_below, z = u.sigmoid().chunk(2, dim=-1)
+    # g is the larger of its two branches. A torch.where would take six times as long as the maximum.
+    # a is sigmoid(-gate) and not 1 - z: the subtraction would leave few digits of an a near zero.
+    return (-gate).sigmoid(), z, torch.maximum(candidate + 0.5, g_below)
 
 
 class _ParallelMinGRU(torch.autograd.Function):
-    """scan_parallel(*coefficients(u), h0, reverse) in less time and memory: a, z and h~ are made when they are needed,
-    made again for the gradient, and never kept. With G_t as in `_ParallelScan`,
+    """scan_parallel(*coefficients(u), h0, reverse) in less memory: only u and h are kept, and the gates are made again
+    for the gradient. u (B, T, 2E), h0 (B, E) or None -> h (B, T, E) and the state after the last element, (B, E). With
+    G_t as in `_ParallelScan`,
 
         dL/d(W_h x)_t = G_t z_t g'(W_h x_t),
         dL/d(W_z x)_t = G_t a_t z_t (h~_t - h_{t-1}) = G_t z_t (h~_t - h_t).
@@ -275,89 +289,31 @@ class _ParallelMinGRU(torch.autograd.Function):
     digits, but is then below the rounding of the other gradients.)
     """
 
-    @staticmethod
-    def forward(ctx, u, h0, reverse):
-        h = _min_gru(u, h0, reverse)
-        ctx.save_for_backward(u, h, h0)
-        ctx.reverse = reverse
-        return h
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, grad):
+    def forward(u, h0, reverse):
+        h = _scan(*coefficients(u), h0, reverse)
+        return h, h[..., 0 if reverse else -1, :].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        u, h0, ctx.reverse = inputs
+        ctx.save_for_backward(u, outputs[0], h0)
+
+    @staticmethod
+    def backward(ctx, grad, grad_after):
         u, h, h0 = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient will be differentiated in its turn: take it through the plain form
-            again = scan_parallel(*coefficients(u), h0, ctx.reverse)
-            wanted = [t for t, needed in zip((u, h0), ctx.needs_input_grad) if needed]
-            found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
-        du, dh0 = _min_gru_backward(grad, u, h, ctx.reverse)
-        return du, None if h0 is None else dh0, None
-
-
-@torch.library.custom_op("visiongru::min_gru", mutates_args=())
-def _min_gru(u: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
-    """u (B, T, 2E) -> h (B, T, E)."""
-    h = u.new_empty(*u.shape[:2], u.shape[2] // 2, dtype=torch.promote_types(u.dtype, torch.float32))
-    for piece, width in _pieces(h, reverse, _piece_size(h)):
-        a, z, candidate = _gates(u[:, piece])
-        h0 = _scan_piece(a, z.mul_(candidate), h0, reverse, h[:, piece], width)
-    return h
-
-
-@_min_gru.register_fake
-def _(u, h0, reverse):
-    return u.new_empty(*u.shape[:2], u.shape[2] // 2, dtype=torch.promote_types(u.dtype, torch.float32))
-
-
-@torch.library.custom_op("visiongru::min_gru_backward", mutates_args=())
-def _min_gru_backward(grad: Tensor, u: Tensor, h: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """grad (B, T, E), u, h -> dL/du (B, T, 2E), dL/dh_0 (B, E). What is scanned, against the forward direction, is
-    K_t = a_t G_t and not G_t itself, since that needs a_{t+1}, which may lie in another piece:
-
-        K_t = a_t K_{t+1} + a_t grad_t,    G_t = grad_t + K_{t+1},    dL/dh_0 = K_1.
-    """
-    E, against = h.shape[2], not reverse
-    du = torch.empty_like(u, memory_format=torch.contiguous_format)
-    K_after = None  # the K_{t+1} of a piece's last step
-    for piece, width in _pieces(h, against, _piece_size(h)):
-        a, z, candidate = _gates(u[:, piece])
-        K = torch.empty_like(a)
-        K_first = _scan_piece(a, a * grad[:, piece], K_after, against, K, width)
-        G_z = _before(K, K_after, against).add_(grad[:, piece]).mul_(z)  # "before" in this scan's order: K_{t+1}
-        K_after = K_first
-        # g' is 1 where h~ >= 1/2 and h~ (1 - h~) below. A mix of the two takes a tenth of torch.where's time; a and z,
-        # not needed any more, lend their memory.
-        above = torch.ge(candidate, 0.5, out=a)  # 0 or 1
-        slope = torch.clamp(candidate, max=0.5, out=z)
-        slope = slope.addcmul_(slope, slope, value=-1).lerp_(slope.new_ones(()), above)
-        torch.mul(G_z, slope, out=du[:, piece, :E])
-        torch.mul(G_z, candidate.sub_(h[:, piece]), out=du[:, piece, E:])
-    return du, K_after.clone()  # not a view of K
-
-
-@_min_gru_backward.register_fake
-def _(grad, u, h, reverse):
-    return torch.empty_like(u, memory_format=torch.contiguous_format), torch.empty_like(h[:, 0])
-
-
-def _piece_size(h):
-    """The numbers of h to work on at a time: on a CPU so few that all that is made of them on the way stays in its
-    cache until it is used. On a GPU, where launches cost more than memory, no limit (None)."""
-    return 2**19 if h.device.type == "cpu" else None
-
-
-def _gates(u):
-    """What `coefficients` computes, without autograd and in few passes over memory: u (..., 2E) -> a, z and h~, new
-    tensors (..., E)."""
-    candidate, gate = u.chunk(2, dim=-1)
-    a, z, candidate = _copy(gate).neg_().sigmoid_(), _copy(gate).sigmoid_(), _copy(candidate)
-    below = candidate.sigmoid()
-    return a, z, torch.maximum(candidate.add_(0.5), below, out=below)  # g(u) is the larger of u + 1/2 and sigmoid(u)
-
-
-def _copy(x):
-    """Contiguous, in float32 at least. To copy and take the sigmoid in place halves the time of a strided view's."""
-    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
+        against, first = not ctx.reverse, -1 if ctx.reverse else 0
+        a, z, candidate = _gates(u)
+        a_next = _before(a, torch.ones_like(grad_after), against)
+        G = scan_parallel(a_next, grad, grad_after, against)
+        # g' is 1 above zero, and h~ (1 - h~) below, where h~ < 1/2: 1/4 at most, and a step of 3/4 makes it 1.
+        low, sign = candidate.clamp(max=0.5), u.chunk(2, dim=-1)[0].to(z.dtype).sign()
+        slope = torch.add(torch.addcmul(low, low, low, value=-1), sign + 1, alpha=0.375)
+        G_z = G * z
+        du = torch.stack([G_z * slope, G_z * (candidate - h)], dim=-2).flatten(-2).to(u.dtype)
+        return du, None if h0 is None else a[..., first, :] * G[..., first, :], None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -709,11 +665,12 @@ def load_weights(model, source):
             names), or a checkpoint of train.py or segment.py, of which the better of model and moving average is
             taken. For a choice of your own pass `torch.load(path)["model"]` or `["ema"]`.
 
-    A classifier for another number of classes is left at its initial values, with a warning: that is fine-tuning. Of a
-    segmentation model's weights a VisionGRU takes the backbone; a UPerNet's `.backbone` takes a classifier's weights.
+    The model's classifier is left at its initial values, with a warning, where `source` has none or one for another
+    number of classes: that is fine-tuning. Of a segmentation model's weights a VisionGRU takes the backbone; a UPerNet's
+    `.backbone` takes a classifier's weights.
 
     Raises:
-        ValueError: `source` holds no weights, or they do not fit: the message lists what is missing, unexpected and
+        ValueError: `source` holds no weights, or they do not fit: the message names what is missing, unexpected and
             mis-shaped, and the model is as it was.
     """
     if isinstance(source, (str, os.PathLike)):
@@ -730,7 +687,6 @@ def load_weights(model, source):
     found, expected = named_weights(source, name), model.state_dict()
     if "stem.conv1.weight" in expected and "backbone.stem.conv1.weight" in found:  # a segmentation model's backbone
         found = {key.removeprefix("backbone."): value for key, value in found.items() if key.startswith("backbone.")}
-        found = {**{key: expected[key] for key in expected if key.startswith("head.")}, **found}
     elif "backbone.stem.conv1.weight" in expected and "stem.conv1.weight" in found:
         raise ValueError(f"{name} has no decoder; to start from its backbone: load_weights(model.backbone, ...)")
     for head in "head", "backbone.head":  # a segmentation model has no classifier of images
@@ -738,20 +694,26 @@ def load_weights(model, source):
             found = {key: value for key, value in found.items() if not key.startswith(f"{head}.")}
     for head in "head", "decode_head.conv_seg", "auxiliary_head.conv_seg":
         new, old = expected.get(f"{head}.weight"), found.get(f"{head}.weight")
-        if new is not None and getattr(old, "ndim", 0) and new.shape != old.shape and new.shape[1:] == old.shape[1:]:
-            warnings.warn(f"{name} has a classifier for {len(old)} classes and the model one for {len(new)}: {head} "
-                          f"is left at its initial values", stacklevel=2)
-            found.update({key: expected[key] for key in expected if key.startswith(f"{head}.")})  # so that all fits
+        if head == "head" and new is not None and not any(key.startswith("head.") for key in found):
+            difference = "has no classifier"
+        elif new is not None and getattr(old, "ndim", 0) and new.shape != old.shape and new.shape[1:] == old.shape[1:]:
+            difference = f"has a classifier for {len(old)} classes and the model one for {len(new)}"
+        else:
+            continue
+        warnings.warn(f"{name} {difference}: {head} is left at its initial values", stacklevel=2)
+        found.update({key: expected[key] for key in expected if key.startswith(f"{head}.")})  # so that all fits
 
-    def listed(title, keys):
-        return [f"{title}: {', '.join(keys)}"] if keys else []
-    problems = (
-        listed("missing", [key for key in expected if key not in found]) +
-        listed("unexpected", [key for key in found if key not in expected]) +
-        listed("mis-shaped", [f"{key} {tuple(getattr(found[key], 'shape', ()))} instead of {tuple(expected[key].shape)}"
-                              for key in expected if key in found
-                              and getattr(found[key], "shape", None) != expected[key].shape]))
-    if problems:
-        raise ValueError("\n  ".join([f"{name} does not fit this {type(model).__name__}", *problems]))
+    def shape(value):
+        return tuple(getattr(value, "shape", ()))
+    problems = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "mis-shaped": [f"{key} {shape(found[key])} instead of {shape(expected[key])}" for key in expected
+                       if key in found and shape(found[key]) != shape(expected[key])],
+    }
+    if any(problems.values()):
+        lines = [f"{title}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+                 for title, keys in problems.items() if keys]
+        raise ValueError("\n  ".join([f"{name} does not fit this {type(model).__name__}", *lines]))
     model.load_state_dict(found)
     return model
