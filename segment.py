@@ -290,6 +290,7 @@ def label_map(logits, size):
     return labels
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.inference_mode()
 def evaluate(model, loader, device, dtype=None, window=None, stop=None):
     """Exact over all processes: the pixels of class i that were taken for class j, (K, K), at each label map's size.
@@ -416,7 +417,9 @@ def train(args, processes):
             step, validated, loss_sum, best = (checkpoint[name] for name in ("step", "validated", "loss_sum", "best"))
         if not (out / "best.pt").exists():  # resumed into another folder
             best = -1.0
-    network = common.parallel_model(torch.compile(model) if args.compile else model, processes)
+    if args.compile:
+        common.compile_parts(model, say)
+    network = common.parallel_model(model, processes)
     stream = Shuffled(train_data, TrainTransform(args), args.seed)
     val_loader = common.make_loader(common.Seeded(val_data, eval_transform(args.short_side)),
                                     common.evaluation_batches(len(val_data), 1, processes), args.workers, device)

@@ -745,6 +745,31 @@ def test_the_model_compiles_as_one_graph():
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_scripts_compile_parts_of_one_shape_once_and_validate_without(monkeypatch, capsys):
+    compile_part = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, **kw: compile_part(part, backend="aot_eager", **kw))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    eager, compiled = (UPerNet(VisionGRU(5, 8, (2, 2, 2, 2)), 4, 8, 8) for _ in range(2))
+    compiled.load_state_dict(eager.state_dict())
+    train.compile_parts(compiled, print)
+    assert "14 parts" in capsys.readouterr().out
+    x = torch.randn(2, 3, 64, 64)
+    results = []
+    for model in (eager, compiled):
+        torch.manual_seed(1)  # the decoder's dropout
+        logits, auxiliary = model(x)
+        results.append([logits, *torch.autograd.grad((logits + auxiliary).square().mean(), list(model.parameters()))])
+    for value, expected in zip(*results):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 10  # a stem, a block for each stage, three downsamplings, two heads
+    loader = [(torch.randn(1, 3, 40, 72), torch.zeros(1, 40, 72, dtype=torch.uint8))]
+    segment.evaluate(compiled, loader, torch.device("cpu"))
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
 def test_a_compiled_mingru_is_the_eager_one_in_few_kernels(amp):

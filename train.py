@@ -421,6 +421,19 @@ def parallel_model(model, processes):
     return DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
 
 
+def compile_parts(model, say):
+    """torch.compile, in place, the parts of which the model has many. Blocks of one shape share their code, so that
+    compiling takes a minute, where the whole model would take several. The code is for training alone: validation may
+    have images of any size."""
+    torch._dynamo.config.cache_size_limit = 64  # with --drop-path every block has code of its own
+    kinds = visiongru.Stem, visiongru.Block, visiongru.Downsample, visiongru.UPerHead, visiongru.FCNHead
+    parts = [part for part in model.modules() if isinstance(part, kinds)]
+    for part in parts:
+        part.compile(dynamic=False)
+    say(f"--compile: {len(parts)} parts, those of one shape together, are compiled in the first step; this can take a "
+        f"minute or two")
+
+
 def precision(amp, device):
     """--amp -> the autocast type or None, and a GradScaler (that does nothing unless the type is fp16)."""
     if amp == "auto":
@@ -766,7 +779,9 @@ def train(args, processes):
             better = "model"
         if not (out / "best.pt").exists():  # resumed into another folder
             best = -1.0
-    network = parallel_model(torch.compile(model) if args.compile else model, processes)
+    if args.compile:
+        compile_parts(model, say)
+    network = parallel_model(model, processes)
     mix = batch_transform(args, len(classes))
     transform = train_transform(args)
     val_loader = make_loader(
@@ -855,6 +870,7 @@ def train(args, processes):
 # Evaluation and prediction
 # ---------------------------------------------------------------------------------------------------------------------
 
+@torch.compiler.set_stance("force_eager")
 @torch.inference_mode()
 def evaluate(model, loader, device, dtype=None, stop=None):
     """Exact over all processes: loss, and the shares of images, in percent, whose class is the first, or one of the
@@ -1024,7 +1040,7 @@ def add_common_arguments(parser, group):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     group.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
                        help="auto: bf16 on a GPU that has it, else off")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--compile", action="store_true", help="torch.compile the parts of the model for training; a minute more to start")
     group.add_argument("--checkpoint", action="store_true",
                        help="activation checkpointing: less memory for more time, the same result")
     group.add_argument("--workers", type=int, default=None, metavar="N",

@@ -44,13 +44,11 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. The linear recurrence  h_t = a_t h_{t-1} + b_t
+# 1. The linear recurrence h_t = a_t h_{t-1} + b_t ---------------------------------------------------------------------
 #
 # Three functions with one signature: a and b are (B, T, E), h0 is (B, E) or None for zero, and the result holds every
 # h_t, (B, T, E). With reverse=True time runs from the last element to the first, h_t = a_t h_{t+1} + b_t, and h0 is
 # the state beyond the last element. In place of B there may be any number of dimensions.
-# ---------------------------------------------------------------------------------------------------------------------
 
 def scan_sequential(a, b, h0=None, reverse=False):
     """The definition, one step after another: T steps, each on (B, E)."""
@@ -68,28 +66,22 @@ def _in_time(a, b, reverse):
     return pairs[::-1] if reverse else pairs
 
 
+ROW = 16  # steps at most; in longer rows torch.compile does not fuse all steps into one kernel
+
+
 def scan_parallel(a, b, h0=None, reverse=False):
     """Ours: a recursion in plain tensor operations. Cut the sequence into rows of a few steps. A row takes the state s
-    before it to
+    before it to product * s + end, with the product of the row's a's, and the state at the row's end had it started
+    from zero. So
 
-        product * s + end,
-
-    where `product` is the product of the row's a's, and `end` the state at the row's end had it started from zero. So
-
-        1. step through all rows at once, from zero, for each row's product and end;
-        2. the states after the rows obey the same recurrence with these two as coefficients, in a sequence as much
-           shorter as a row is long: scan it in the same way;
+        1. step through all rows at once, from zero, to each row's product and end;
+        2. the states after the rows obey the same recurrence, these two its coefficients: scan it in the same way;
         3. step through all rows at once again, each from its true state, and keep every h_t.
 
-    That is O(T) work in O(log T) steps: 104 at T = 3,136. With 0 <= a <= 1, b >= 0 and h0 >= 0 every operation adds or
-    multiplies numbers of one sign, so nothing overflows and nothing cancels: in float32 it keeps the accuracy of the
-    sequential form at any length.
+    That is O(T) work in O(log T) steps, 100 at T = 3,136. With 0 <= a <= 1, b >= 0 and h0 >= 0 nothing overflows and
+    nothing cancels: in float32 it keeps the accuracy of the sequential form at any length.
     """
     return _ParallelScan.apply(a, b, h0, reverse)
-
-
-ROW = 16  # steps. Longer rows make more launches on a GPU, and kernels too large for torch.compile to fuse; shorter ones
-# make more passes.
 
 
 def _scan(a, b, h0, reverse):
@@ -118,20 +110,6 @@ def _before(h, h0, reverse):
     return torch.cat([h[..., 1:, :], first] if reverse else [first, h[..., :-1, :]], dim=-2)
 
 
-def _doubling_scan(a, b, h0, reverse):
-    """For a T that is not known yet: after k rounds, a_t and b_t stand for the 2^k steps that end with t, and to join
-    them to the 2^k before them is one step on the whole (Hillis and Steele, 1986). 16 rounds are enough for 65,536
-    steps, an image of 1024 x 1024 pixels; they move five times as much memory as the recursion.
-    """
-    def earlier(x, steps, value):
-        filled = F.pad(x, (0, 0, 0, steps) if reverse else (0, 0, steps, 0), value=value)
-        return filled[..., steps:, :] if reverse else filled[..., :x.shape[-2], :]
-
-    for k in range(16):
-        a, b = a * earlier(a, 2**k, 1.0), torch.addcmul(b, a, earlier(b, 2**k, 0.0))
-    return b if h0 is None else torch.addcmul(b, a, h0.unsqueeze(-2))
-
-
 class _ParallelScan(torch.autograd.Function):
     """With grad_t the gradient that h_t receives directly, and G_t what it receives through the later states as well,
 
@@ -143,9 +121,7 @@ class _ParallelScan(torch.autograd.Function):
 
     generate_vmap_rule = True  # for torch.func
 
-    @staticmethod
-    def forward(a, b, h0, reverse):
-        return _scan(a, b, h0, reverse)
+    forward = staticmethod(_scan)
 
     @staticmethod
     def setup_context(ctx, inputs, h):
@@ -161,14 +137,27 @@ class _ParallelScan(torch.autograd.Function):
         return G * _before(h, h0, ctx.reverse), G, None if h0 is None else a[..., first, :] * G[..., first, :], None
 
 
+def _doubling_scan(a, b, h0, reverse):
+    """For a program that must run at any T: after k rounds a_t and b_t stand for the 2^k steps that end with t, and one
+    operation on the whole joins each to the 2^k steps before it (Hillis and Steele, 1986). 16 rounds reach over 65,536
+    steps: all of an image of 1024 x 1024 pixels.
+    """
+    def earlier(x, steps, value):
+        filled = F.pad(x, (0, 0, 0, steps) if reverse else (0, 0, steps, 0), value=value)
+        return filled[..., steps:, :] if reverse else filled[..., :x.shape[-2], :]
+
+    for k in range(16):
+        a, b = a * earlier(a, 2**k, 1.0), torch.addcmul(b, a, earlier(b, 2**k, 0.0))
+    return b if h0 is None else torch.addcmul(b, a, h0.unsqueeze(-2))
+
+
 def scan_log(a, b, h0=None, reverse=False):
     """The minGRU paper's parallel form (arXiv 2410.01201, appendix B): with A_t = a_1 a_2 ... a_t,
 
         h_t = A_t (h_0 + sum_{s<=t} b_s / A_s) = exp(log A_t + logcumsumexp_{s<=t}(log b_s - log A_s)),
 
-    where h_0 has gone into b_1. It needs a >= 0, b >= 0 and h0 >= 0. |log A_t| grows with t, float32 rounds it to one
-    part in 10^7, and the absolute error of a logarithm is the relative error of h_t: some 1e-2 at T = 65,536. Kept for
-    comparison.
+    where h_0 has gone into b_1. It needs a >= 0, b >= 0 and h0 >= 0. Kept for comparison: |log A_t| grows with t,
+    float32 rounds it to one part in 10^7, and its absolute error is the relative error of h_t, 1e-2 at T = 65,536.
     """
     if reverse:
         return scan_log(a.flip(-2), b.flip(-2), h0).flip(-2)
@@ -184,11 +173,9 @@ def scan_log(a, b, h0=None, reverse=False):
 SCANS = {"parallel": scan_parallel, "log": scan_log, "sequential": scan_sequential}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. minGRU
-# ---------------------------------------------------------------------------------------------------------------------
+# 2. minGRU ------------------------------------------------------------------------------------------------------------
 
-PIECE = 2**21  # numbers, of (B, T, 2E)
+PIECE = 2**21  # numbers of (B, T, 2E), measured on a CPU: smaller ones take longer, larger ones more memory
 
 
 class MinGRU(nn.Module):
@@ -218,9 +205,9 @@ class MinGRU(nn.Module):
         if not isinstance(dim, int) or dim < 1 or hidden < 1 or hidden % 1:
             raise ValueError(f"dim is {dim} and expansion {expansion}; expected dim and dim * expansion to be "
                              f"positive whole numbers")
-        self.scan = scan
-        self.in_proj = nn.Linear(dim, 2 * int(hidden), bias=False)
-        self.out_proj = nn.Identity() if expansion == 1 else nn.Linear(int(hidden), dim, bias=False)
+        self.scan, self.hidden = scan, int(hidden)
+        self.in_proj = nn.Linear(dim, 2 * self.hidden, bias=False)
+        self.out_proj = nn.Identity() if expansion == 1 else nn.Linear(self.hidden, dim, bias=False)
 
     def forward(self, x, h0=None, reverse=False):
         """x (B, T, dim), h0 (B, E) or None for zero -> y (B, T, dim) and the state after the last element, (B, E).
@@ -233,20 +220,18 @@ class MinGRU(nn.Module):
         if self.scan != "parallel":
             h = SCANS[self.scan](*self.coefficients(x), h0, reverse)
             return self.out_proj(h.to(x.dtype)), h[..., 0 if reverse else -1, :]
-        # The same in less memory.
-        pieces, h_T = [], h0
-        for x_piece in self._pieces(x, reverse):
-            h, h_T = _ParallelMinGRU.apply(self.in_proj(x_piece), h_T, reverse)
-            pieces.append(self.out_proj(h.to(x.dtype)))
-        return torch.cat(pieces[::-1] if reverse else pieces, dim=-2), h_T
+        y = []  # the same in less memory
+        for piece in self._pieces(x, reverse):
+            h, h0 = _ParallelMinGRU.apply(self.in_proj(piece), h0, reverse)
+            y.append(self.out_proj(h.to(x.dtype)))
+        return y[0] if len(y) == 1 else torch.cat(y[::-1] if reverse else y, dim=-2), h0
 
     def _pieces(self, x, reverse):
-        """x cut along T, in the order of time. On a CPU that runs one operation after another, a piece is so small that
-        what is made of it on the way stays in the cache; the state is handed on. A GPU wants few launches, and
-        torch.compile keeps all that in registers: there it is one piece."""
+        """x cut along T, in the order of time. On a CPU that runs one operation after another, what is made of a piece
+        stays in the cache. A GPU wants few launches, and torch.compile fuses all operations: they get one piece."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return [x]
-        T, numbers = x.shape[-2], x.numel() // x.shape[-1] * self.in_proj.out_features
+        T, numbers = x.shape[-2], x.numel() // x.shape[-1] * 2 * self.hidden
         steps = ROW * math.ceil(T / (ROW * math.ceil(numbers / PIECE)))
         return x.split(steps, dim=-2)[::-1 if reverse else 1]
 
@@ -285,8 +270,7 @@ class _ParallelMinGRU(torch.autograd.Function):
         dL/d(W_h x)_t = G_t z_t g'(W_h x_t),
         dL/d(W_z x)_t = G_t a_t z_t (h~_t - h_{t-1}) = G_t z_t (h~_t - h_t).
 
-    (From h_t = a_t h_{t-1} + z_t h~_t follows h~_t - h_t = a_t (h~_t - h_{t-1}). Near a_t = 0 the difference loses its
-    digits, but is then below the rounding of the other gradients.)
+    (h~_t - h_t = a_t (h~_t - h_{t-1}) loses digits near a_t = 0, but is then below the other gradients' rounding.)
     """
 
     generate_vmap_rule = True
@@ -316,9 +300,7 @@ class _ParallelMinGRU(torch.autograd.Function):
         return du, None if h0 is None else a[..., first, :] * G[..., first, :], None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. 2DGRU
-# ---------------------------------------------------------------------------------------------------------------------
+# 3. 2DGRU -------------------------------------------------------------------------------------------------------------
 
 class GRU2D(nn.Module):
     """The paper's bidirectional 2DGRU (eq. 9-11): each position L of the raster order receives
@@ -337,13 +319,10 @@ class GRU2D(nn.Module):
 
     def forward(self, x):
         sequence = x.flatten(1, 2)                                              # (B, H*W, C), raster order
-        y = self.left(sequence)[0] + self.right(sequence, reverse=True)[0]
-        return y.view_as(x)
+        return (self.left(sequence)[0] + self.right(sequence, reverse=True)[0]).view_as(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Around it: block, stem, downsampling
-# ---------------------------------------------------------------------------------------------------------------------
+# 4. Around it: block, stem, downsampling ------------------------------------------------------------------------------
 
 def to_channels_first(x):
     return x.permute(0, 3, 1, 2)                                                # (B, H, W, C) -> (B, C, H, W)
@@ -402,9 +381,7 @@ class Downsample(nn.Module):
         return self.norm(to_channels_last(self.conv(to_channels_first(x))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. VisionGRU
-# ---------------------------------------------------------------------------------------------------------------------
+# 5. VisionGRU ---------------------------------------------------------------------------------------------------------
 
 class VisionGRU(nn.Module):
     """Four stages of blocks at 1/4, 1/8, 1/16 and 1/32 of the image's size, with dim, 2 dim, 4 dim, 8 dim channels.
@@ -499,9 +476,7 @@ def visiongru_base(**kw):
     return VisionGRU(**{"dim": 104, "depths": (2, 2, 15, 2), **kw})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. UPerNet: semantic segmentation
-# ---------------------------------------------------------------------------------------------------------------------
+# 6. UPerNet: semantic segmentation ------------------------------------------------------------------------------------
 
 def resize_to(x, size):
     """x (B, C, h, w) -> (B, C, *size), bilinear."""
@@ -591,13 +566,12 @@ class UPerNet(nn.Module):
         return logits, resize_to(self.auxiliary_head(maps[2]), x.shape[2:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Loading weights
-# ---------------------------------------------------------------------------------------------------------------------
+# 7. Loading weights ---------------------------------------------------------------------------------------------------
 
 # The release's names, on the left, and ours. min_gru_1 reads forward; to_hidden_and_gate has the candidate's rows
 # first, as our in_proj has.
 _RELEASE_NAMES = [
+    (r"\b(module|_orig_mod|vig)\.", ""),  # of wrappers
     (r"\btokenizer\.", "stem."),
     (r"\bsnake_gru\.layers\.", "stages."),
     (r"\.min_gru_1\.", ".gru.left."),
@@ -613,14 +587,6 @@ _RELEASE_NAMES = [
     (r"^(decode_head|auxiliary_head)\.(.+)\.conv\.", r"\1.\2.0."),
     (r"^(decode_head|auxiliary_head)\.(.+)\.bn\.", r"\1.\2.1."),
 ]
-
-
-def _our_name(key):
-    """A parameter's name in a checkpoint of ours or of the release, with any wrapper's prefix -> its name here."""
-    key = re.sub(r"\b(module|_orig_mod|vig)\.", "", key)
-    for pattern, ours in _RELEASE_NAMES:
-        key = re.sub(pattern, ours, key)
-    return key
 
 
 def named_weights(source, name="the state dict"):
@@ -641,7 +607,9 @@ def named_weights(source, name="the state dict"):
     if not isinstance(source, dict) or not all(isinstance(key, str) for key in source) \
             or not any(isinstance(value, Tensor) for value in source.values()):
         raise ValueError(f"{name} holds no weights; expected a dict of parameter names and tensors")
-    weights = {_our_name(key): value for key, value in source.items() if key != "n_averaged"}  # AveragedModel's counter
+    weights = {key: value for key, value in source.items() if isinstance(value, Tensor) and key != "n_averaged"}
+    for pattern, ours in _RELEASE_NAMES:
+        weights = {re.sub(pattern, ours, key): value for key, value in weights.items()}
     if all(key.startswith("backbone.") for key in weights):  # a wrapper's prefix too, unless a decoder stands beside it
         weights = {key.removeprefix("backbone."): value for key, value in weights.items()}
     return weights
@@ -660,60 +628,53 @@ def load_weights(model, source):
 
     Args:
         model: a model of this file.
-        source: a path, or what `torch.load` returned for it: a state dict of ours or of the authors' release (with or
-            without the prefixes `module.`, `_orig_mod.`, `vig.` and `backbone.vig.` that wrappers put before the
-            names), or a checkpoint of train.py or segment.py, of which the better of model and moving average is
-            taken. For a choice of your own pass `torch.load(path)["model"]` or `["ema"]`.
+        source: a path, or what `torch.load` returned for it: a state dict of ours or of the authors' release, with or
+            without wrappers' prefixes (`module.`, `_orig_mod.`, `vig.`, `backbone.vig.`), or a checkpoint of train.py
+            or segment.py. Of such the better of model and moving average is taken; to choose, pass `["model"]` of it.
 
     The model's classifier is left at its initial values, with a warning, where `source` has none or one for another
-    number of classes: that is fine-tuning. Of a segmentation model's weights a VisionGRU takes the backbone; a UPerNet's
-    `.backbone` takes a classifier's weights.
+    number of classes: that is fine-tuning. Of a segmentation model's weights a VisionGRU takes the backbone, and a
+    UPerNet's `.backbone` takes a classifier's weights.
 
     Raises:
         ValueError: `source` holds no weights, or they do not fit: the message names what is missing, unexpected and
             mis-shaped, and the model is as it was.
     """
+    name = "the state dict"
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         try:
             source = torch.load(name, map_location="cpu", weights_only=True)
-        except (FileNotFoundError, IsADirectoryError, PermissionError):
+        except OSError:
             raise
         except Exception as error:
             raise ValueError(f"{name} is not a file of weights that torch.load(..., weights_only=True) can read: "
                              f"{why_unread(error)}") from None
-    else:
-        name = "the state dict"
     found, expected = named_weights(source, name), model.state_dict()
     if "stem.conv1.weight" in expected and "backbone.stem.conv1.weight" in found:  # a segmentation model's backbone
         found = {key.removeprefix("backbone."): value for key, value in found.items() if key.startswith("backbone.")}
     elif "backbone.stem.conv1.weight" in expected and "stem.conv1.weight" in found:
         raise ValueError(f"{name} has no decoder; to start from its backbone: load_weights(model.backbone, ...)")
-    for head in "head", "backbone.head":  # a segmentation model has no classifier of images
-        if f"{head}.weight" not in expected:
-            found = {key: value for key, value in found.items() if not key.startswith(f"{head}.")}
+    if "head.weight" not in expected:  # a segmentation model has no classifier of images
+        found = {key: value for key, value in found.items() if not re.match(r"(backbone\.)?head\.", key)}
     for head in "head", "decode_head.conv_seg", "auxiliary_head.conv_seg":
         new, old = expected.get(f"{head}.weight"), found.get(f"{head}.weight")
         if head == "head" and new is not None and not any(key.startswith("head.") for key in found):
             difference = "has no classifier"
-        elif new is not None and getattr(old, "ndim", 0) and new.shape != old.shape and new.shape[1:] == old.shape[1:]:
+        elif None not in (new, old) and old.ndim and new.shape != old.shape and new.shape[1:] == old.shape[1:]:
             difference = f"has a classifier for {len(old)} classes and the model one for {len(new)}"
         else:
             continue
         warnings.warn(f"{name} {difference}: {head} is left at its initial values", stacklevel=2)
         found.update({key: expected[key] for key in expected if key.startswith(f"{head}.")})  # so that all fits
 
-    def shape(value):
-        return tuple(getattr(value, "shape", ()))
-    problems = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": [key for key in found if key not in expected],
-        "mis-shaped": [f"{key} {shape(found[key])} instead of {shape(expected[key])}" for key in expected
-                       if key in found and shape(found[key]) != shape(expected[key])],
-    }
-    if any(problems.values()):
-        lines = [f"{title}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-                 for title, keys in problems.items() if keys]
-        raise ValueError("\n  ".join([f"{name} does not fit this {type(model).__name__}", *lines]))
+    shapes = [f"{key} {tuple(found[key].shape)} instead of {tuple(value.shape)}" for key, value in expected.items()
+              if key in found and found[key].shape != value.shape]
+    problems = [f"{title}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+                for title, keys in (("missing", [key for key in expected if key not in found]),
+                                    ("unexpected", [key for key in found if key not in expected]),
+                                    ("mis-shaped", shapes)) if keys]
+    if problems:
+        raise ValueError("\n  ".join([f"{name} does not fit this {type(model).__name__}", *problems]))
     model.load_state_dict(found)
     return model

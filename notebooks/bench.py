@@ -3,6 +3,8 @@
     python notebooks/bench.py                                     224 px, batch 8, inference and training
     python notebooks/bench.py --sizes 1024 --batch 1 --mode infer
     python notebooks/bench.py --scan                              the recurrence alone, against its length
+    python notebooks/bench.py --compile                           the same with compiled parts, as train.py --compile
+    python notebooks/bench.py --count --batch 128                 what a GPU would do, counted on paper
     python notebooks/bench.py --device cuda --amp bf16 --batch 128 --compile
 
 Each model runs in a process of its own, and the processes take turns, one step each, so that a drift of the machine
@@ -24,9 +26,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import visiongru  # noqa: E402
+from train import compile_parts  # noqa: E402
 
 GIB = 2**30
 
@@ -96,7 +101,11 @@ def make_step(name, size, batch, mode, device, amp, compiled):
     torch.manual_seed(0)
     model = MODELS[name](size).to(device, memory_format=torch.channels_last)
     model.train(mode == "train")
-    network = torch.compile(model) if compiled else model
+    network = model
+    if compiled and name.startswith("ours"):
+        compile_parts(model, say=lambda words: None)
+    elif compiled:
+        network = torch.compile(model, dynamic=False)
     x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, 1000, (batch,), device=device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
@@ -234,6 +243,119 @@ def scan_table(rows):
     return "\n".join(lines)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# On paper: launches and bytes
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Bytes per second from and to memory, of the data sheets. A kernel's launch takes the processor's time, a stated guess;
+# it goes on while the GPU works, so that the longer of the two counts.
+GPUS = {"A100": 2.04e12, "H100": 3.35e12, "H200": 4.8e12}
+LAUNCH = {"eager": 8e-6, "compiled": 4e-6}
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that are no views, and the bytes of the tensors that they read and write."""
+
+    def __enter__(self):
+        self.launches, self.bytes = 0, 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        if not is_view and not function.name().startswith("aten::empty"):
+            self.launches += 1
+            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, result))
+                              if isinstance(t, torch.Tensor))
+        return result
+
+
+def eager_counts(make_run):
+    """-> (launches, bytes) of a forward pass on the meta device, and of forward and backward. `make_run(device)` gives
+    a function whose result, if it has a gradient, is summed and differentiated."""
+    run = make_run("meta")
+    with torch.no_grad(), Count() as forward:
+        run()
+    with Count() as both:
+        run().sum().backward()
+    return [(count.launches, count.bytes) for count in (forward, both)]
+
+
+def compiled_counts(make_run):
+    """The same of what inductor makes of it for the CPU: all its kernels, and the products and convolutions between."""
+    import logging
+
+    import torch._inductor.compile_fx as inductor
+    from torch._inductor import config, metrics
+    inductor.inductor_metrics_log.setLevel(logging.INFO)  # or it does not count
+    inductor.inductor_metrics_log.propagate = False
+    inductor.inductor_metrics_log.addHandler(logging.NullHandler())
+    run, counts = make_run("cpu"), []
+    with config.patch(force_disable_caches=True):
+        for grad in False, True:
+            torch._dynamo.reset()
+            metrics.reset()
+            with torch.set_grad_enabled(grad):
+                result = run()
+            if grad:
+                result.sum().backward()
+            nodes = [type(node).__name__ for node, _ in metrics.nodes_num_elem]
+            counts.append((sum(name != "NopKernelSchedulerNode" for name in nodes), metrics.num_bytes_accessed))
+    return counts
+
+
+def count_rows(batch, T, hidden):
+    """What is counted: name, how it is run, (launches, bytes) forward and with backward, and the floor of each: what
+    goes in and comes out, once."""
+    numbers = 4 * batch * T * hidden  # bytes of h; u is twice as large
+    floors = 3 * numbers, (3 + 6) * numbers  # u and h; then the gradient, u and h again, and the gradient of u
+    for form in visiongru.SCANS:
+        def make_run(device, form=form):
+            u = torch.randn(batch, T, 2 * hidden, device=device, requires_grad=True)
+            network = visiongru.MinGRU(hidden, 1, form).to(device)
+            network.in_proj = torch.nn.Identity()  # from u to h
+
+            def run():
+                return network(u)[0]
+            return torch.compile(run) if device == "cpu" else run
+        yield f"minGRU, {form}", "eager", eager_counts(make_run), floors
+        if form != "sequential":  # a program of T steps takes longer to compile than anyone waits
+            yield f"minGRU, {form}", "compiled", compiled_counts(make_run), floors
+
+    tiny = visiongru.visiongru_tiny()
+    network = tiny.to("meta")
+    yield ("tiny at 224 px", "eager",
+           eager_counts(lambda device: lambda: network(torch.randn(batch, 3, 224, 224, device=device))), None)
+    # Compiled, part by part, as train.py does it: the parts of a stage share their code. Of 8 images, times batch / 8.
+    parts = [(1, tiny.stem, (8, 3, 224, 224))]
+    for stage, dim in enumerate(tiny.dims):
+        side = 56 >> stage
+        parts += [(len(tiny.stages[stage]), tiny.stages[stage][0], (8, side, side, dim))]
+        parts += [(1, down, (8, side, side, dim)) for down in tiny.downsamples[stage:stage + 1]]
+    total = [[0, 0], [0, 0]]
+    for times, part, shape in parts:
+        part = torch.compile(part.to_empty(device="cpu"), dynamic=False)
+        counts = compiled_counts(lambda device: lambda: part(torch.zeros(shape, requires_grad=True)))
+        for k, (launches, moved) in enumerate(counts):
+            total[k][0] += times * launches
+            total[k][1] += times * moved * batch // 8
+    yield "tiny at 224 px", "compiled", total, None
+
+
+def count_table(rows):
+    """A Markdown table of `count_rows`, with the predicted milliseconds."""
+    lines = ["| | | launches | GB | x floor | " + " | ".join(f"{name}, ms" for name in GPUS) + " |",
+             "|---|---|---|---|---|" + "---|" * len(GPUS)]
+    for name, how, counts, floors in rows:
+        for k, what in enumerate(("forward", "forward and backward")):
+            launches, moved = counts[k]
+            times = [1e3 * max(launches * LAUNCH[how], moved / bandwidth) for bandwidth in GPUS.values()]
+            lines.append(f"| {name}, {what} | {how} | {launches:,} | {moved / 1e9:.2f} | "
+                         f"{f'{moved / floors[k]:.1f}' if floors else ''} | "
+                         + " | ".join(f"{t:.2f}" for t in times) + " |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["ours", "ours, log scan", "swin_t", "convnext_tiny", "resnet50",
@@ -247,6 +369,7 @@ def main():
     parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--scan", action="store_true", help="measure the scans alone")
+    parser.add_argument("--count", action="store_true", help="count launches and bytes, and predict a GPU's time")
     parser.add_argument("--lengths", type=int, nargs="+", default=[196, 784, 3136, 12544], metavar="T")
     parser.add_argument("--hidden", type=int, default=144, metavar="E")
     parser.add_argument("--json", metavar="FILE", help="write all numbers here")
@@ -254,6 +377,12 @@ def main():
     args = parser.parse_args()
     if args.serve:
         return serve(json.loads(args.serve))
+
+    if args.count:
+        print(f"From u to h at T = 3,136, E = {args.hidden}, batch {args.batch}, float32: counted, not measured. Predicted "
+              f"is the longer\nof {1e6 * LAUNCH['eager']:.0f} us ({1e6 * LAUNCH['compiled']:.0f} compiled) for each launch, "
+              f"and all bytes at the data sheet's bandwidth.\n")
+        return print(count_table(count_rows(args.batch, 3136, args.hidden)))
 
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
     print(f"PyTorch {torch.__version__}, {where}, amp {args.amp}{', compiled' if args.compile else ''}\n")
