@@ -1,16 +1,16 @@
-"""VisionGRU in one file: an image model in which a recurrence carries information across the picture.
+"""VisionGRU in one file: an image model in which a recurrence, minGRU, carries information across the picture.
 
     Yin et al., "VisionGRU: A Linear-Complexity RNN Model for Efficient Image Analysis", arXiv 2412.18178
     Feng et al., "Were RNNs All We Needed?" (minGRU), arXiv 2410.01201
     Xiao et al., "Unified Perceptual Parsing for Scene Understanding" (UPerNet), arXiv 1807.10221
     Heinsen, "Efficient Parallelization of a Ubiquitous Sequential Computation" (log-space scan), arXiv 2311.06281
 
-Read it from top to bottom; each part uses only the parts above it:
+Read it from top to bottom. Each part uses only the parts above it; within a part, what others call comes first:
 
     1. the linear recurrence h_t = a_t h_{t-1} + b_t, computed in three ways that agree
     2. MinGRU, a recurrent layer whose gates do not look at the state, so that it is such a recurrence
     3. GRU2D, one MinGRU over the pixels in raster order and another over them in reverse
-    4. Block, Stem, Downsample: what stands around it
+    4. Block, Stem, Downsample: the layers around GRU2D
     5. VisionGRU, the hierarchy of four stages, and its named sizes
     6. UPerNet, which turns the four stages' maps into a class for every pixel
     7. load_weights, for our checkpoints and those of the paper's authors
@@ -24,15 +24,16 @@ Letters, in the code and in the papers:
     K        classes, of images or of pixels
     E        hidden width of a minGRU, E = expansion * dim
     z        the gate in (0, 1): how much of the new candidate is taken in
-    h~       the candidate, always positive
-    a, b     the recurrence's coefficients: a = 1 - z (how much is kept), b = z * h~
+    h~       the candidate, never negative
+    u        what both are made of: W_h x and W_z x side by side, (B, T, 2E)
+    a, b     the recurrence's coefficients: in minGRU a = 1 - z (how much is kept) and b = z * h~
     h, h0    the state, and the state before the first element
+    G        the gradient that a state receives, directly and through all later ones
 
-Feature maps are (B, H, W, C) inside the blocks: LayerNorm, the products and the scan all want the channels last, and
-for a convolution the same memory is a channels_last (B, C, H, W). Every permute below is a view.
+Feature maps are (B, H, W, C) inside the blocks: LayerNorm, the linear layers and the scan want the channels last. Seen
+as (B, C, H, W), the same memory is in the channels_last format that convolutions like. Every permute below is a view.
 """
 
-import math
 import os
 import re
 import warnings
@@ -40,7 +41,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
 
@@ -48,51 +49,56 @@ from torchvision.ops import Conv2dNormActivation, StochasticDepth
 #
 # Three functions with one signature: a and b are (B, T, E), h0 is (B, E) or None for zero, and the result holds every
 # h_t, (B, T, E). With reverse=True time runs from the last element to the first, h_t = a_t h_{t+1} + b_t, and h0 is
-# the state beyond the last element. In place of B there may be any number of dimensions.
-
-def scan_sequential(a, b, h0=None, reverse=False):
-    """The definition, one step after another: T steps, each on (B, E)."""
-    h = torch.zeros_like(b.select(-2, 0)) if h0 is None and b.shape[-2] else h0
-    states = []
-    for a_t, b_t in _in_time(a, b, reverse):
-        h = torch.addcmul(b_t, a_t, h)                                          # a_t h + b_t
-        states.append(h)
-    return torch.stack(states[::-1] if reverse else states, dim=-2) if states else b.clone()
-
+# the state beyond the last element. B stands for any number of leading dimensions, or none.
 
 def _in_time(a, b, reverse):
-    """All (a_t, b_t), in the order of time."""
+    """The pairs (a_t, b_t), each (B, E), first in time first."""
     pairs = list(zip(a.unbind(-2), b.unbind(-2)))
     return pairs[::-1] if reverse else pairs
 
 
-ROW = 16  # steps at most; in longer rows torch.compile does not fuse all steps into one kernel
+def scan_sequential(a, b, h0=None, reverse=False):
+    """The definition, one step after another: T steps, each on (B, E)."""
+    if b.shape[-2] == 0:
+        return b.clone()
+    h = torch.zeros_like(b.select(-2, 0)) if h0 is None else h0
+    states = []
+    for a_t, b_t in _in_time(a, b, reverse):
+        h = torch.addcmul(b_t, a_t, h)                                          # a_t h + b_t
+        states.append(h)
+    return torch.stack(states[::-1] if reverse else states, dim=-2)
+
+
+ROW = 16  # A row has at most 16 elements. torch.compile does not fuse the steps of a longer one into one kernel.
 
 
 def scan_parallel(a, b, h0=None, reverse=False):
-    """Ours: a recursion in plain tensor operations. Cut the sequence into rows of a few steps. A row takes the state s
-    before it to product * s + end, with the product of the row's a's, and the state at the row's end had it started
-    from zero. So
+    """A recursion: cut the sequence into rows of a few elements. If s is the state before a row, the state after it is
+    product * s + end, where `product` is the product of the row's a_t, and `end` the state after the row if s is 0.
 
-        1. step through all rows at once, from zero, to each row's product and end;
-        2. the states after the rows obey the same recurrence, these two its coefficients: scan it in the same way;
-        3. step through all rows at once again, each from its true state, and keep every h_t.
+        1. Compute product and end, of all rows at once.
+        2. The states after the rows obey the same recurrence, with a = product and b = end, in a sequence as many
+           times shorter as a row is long. Scan it in the same way.
+        3. Now each row knows its s. Step through all rows at once again, and keep every h_t.
 
-    That is O(T) work in O(log T) steps, 100 at T = 3,136. With 0 <= a <= 1, b >= 0 and h0 >= 0 nothing overflows and
-    nothing cancels: in float32 it keeps the accuracy of the sequential form at any length.
+    The work is O(T), in O(log T) operations one after another: 100 for T = 3,136. With 0 <= a <= 1, b >= 0 and h0 >= 0
+    nothing overflows and nothing cancels: in float32 it keeps the accuracy of the sequential form at any length.
+    (Forward-mode differentiation, torch.func.jvp, is not implemented.)
     """
     return _ParallelScan.apply(a, b, h0, reverse)
 
 
 def _scan(a, b, h0, reverse):
-    """`scan_parallel` without its gradient."""
+    """What `scan_parallel` computes, without the gradient that `_ParallelScan` gives it."""
     T = b.shape[-2]
-    if isinstance(T, torch.SymInt):  # torch.export, told that images may have any size
+    if isinstance(T, torch.SymInt):  # torch.export of a program for images of any size: the loops below would fix T
         return _doubling_scan(a, b, h0, reverse)
     if T <= ROW:
         return scan_sequential(a, b, h0, reverse)
+    # The longest row, of 16 to 4 elements, that divides T. If none does, the last row is filled with a = 1 and b = 0,
+    # which leave a state as it is.
     row = next((R for R in range(ROW, 3, -1) if T % R == 0), ROW)
-    if T % row:  # fill the last row with steps that change nothing
+    if T % row:
         fill = (0, 0, 0, -T % row)
         return _scan(F.pad(a, fill, value=1.0), F.pad(b, fill), h0, reverse)[..., :T, :]
 
@@ -100,26 +106,26 @@ def _scan(a, b, h0, reverse):
     (product, end), *rest = _in_time(a, b, reverse)                             # (B, rows, E)
     for a_t, b_t in rest:
         product, end = a_t * product, torch.addcmul(b_t, a_t, end)
-    after = _scan(product, end, h0, reverse)
+    after = _scan(product, end, h0, reverse)                                    # the state after each row
     return scan_sequential(a, b, _before(after, h0, reverse), reverse).flatten(-3, -2)
 
 
 def _before(h, h0, reverse):
-    """The state before each element: h (B, T, E) moved by one in time, with h0 (B, E), or zero, before the first."""
-    first = torch.zeros_like(h[..., :1, :]) if h0 is None else h0.unsqueeze(-2)
-    return torch.cat([h[..., 1:, :], first] if reverse else [first, h[..., :-1, :]], dim=-2)
+    """The state before each element: h (B, T, E), shifted by one in time, with h0 (B, E) or zero before the first."""
+    start = torch.zeros_like(h[..., :1, :]) if h0 is None else h0.unsqueeze(-2)
+    return torch.cat([h[..., 1:, :], start] if reverse else [start, h[..., :-1, :]], dim=-2)
 
 
 class _ParallelScan(torch.autograd.Function):
-    """With grad_t the gradient that h_t receives directly, and G_t what it receives through the later states as well,
+    """Let grad_t be the gradient that h_t receives directly, and G_t all of it, through the later states too. Then
 
         G_t = grad_t + a_{t+1} G_{t+1},    dL/db_t = G_t,    dL/da_t = G_t h_{t-1},    dL/dh_0 = a_1 G_1:
 
-    the gradient of a scan is the same scan run backwards. Only a, h and h0 are kept for it, and it can itself be
+    the gradient of a scan is the same scan, run backwards. Only a, h and h0 are kept for it, and it can itself be
     differentiated.
     """
 
-    generate_vmap_rule = True  # for torch.func
+    generate_vmap_rule = True  # for torch.vmap and torch.func
 
     forward = staticmethod(_scan)
 
@@ -131,20 +137,28 @@ class _ParallelScan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         a, h, h0 = ctx.saved_tensors
-        against, first = not ctx.reverse, -1 if ctx.reverse else 0
-        a_next = _before(a, None, against)  # the next in time is the one before in the backward scan's order
-        G = scan_parallel(a_next, grad, None, against)
-        return G * _before(h, h0, ctx.reverse), G, None if h0 is None else a[..., first, :] * G[..., first, :], None
+        a_next = _before(a, None, not ctx.reverse)  # the next in time comes before it in the backward scan
+        G = scan_parallel(a_next, grad, None, not ctx.reverse)
+        return G * _before(h, h0, ctx.reverse), G, _gradient_of_h0(a, G, h0, ctx.reverse), None
+
+
+def _gradient_of_h0(a, G, h0, reverse):
+    first = -1 if reverse else 0
+    return None if h0 is None else a[..., first, :] * G[..., first, :]
 
 
 def _doubling_scan(a, b, h0, reverse):
-    """For a program that must run at any T: after k rounds a_t and b_t stand for the 2^k steps that end with t, and one
-    operation on the whole joins each to the 2^k steps before it (Hillis and Steele, 1986). 16 rounds reach over 65,536
-    steps: all of an image of 1024 x 1024 pixels.
+    """The same in a fixed number of operations, for a program that must run at any T (Hillis and Steele, 1986).
+
+    After k rounds a_t and b_t stand for the 2^k steps that end at t; the next round joins them to the 2^k steps before.
+    16 rounds reach back over 65,536 steps, stage 1 of an image of 1024 x 1024 pixels. What lies further back is lost.
     """
-    def earlier(x, steps, value):
+    T = b.shape[-2]
+
+    def earlier(x, steps, value):  # x moved to later places in time, `value` before it
+        steps = torch.sym_min(steps, T)
         filled = F.pad(x, (0, 0, 0, steps) if reverse else (0, 0, steps, 0), value=value)
-        return filled[..., steps:, :] if reverse else filled[..., :x.shape[-2], :]
+        return filled[..., steps:, :] if reverse else filled[..., :T, :]
 
     for k in range(16):
         a, b = a * earlier(a, 2**k, 1.0), torch.addcmul(b, a, earlier(b, 2**k, 0.0))
@@ -152,20 +166,21 @@ def _doubling_scan(a, b, h0, reverse):
 
 
 def scan_log(a, b, h0=None, reverse=False):
-    """The minGRU paper's parallel form (arXiv 2410.01201, appendix B): with A_t = a_1 a_2 ... a_t,
+    """The minGRU paper's parallel form (arXiv 2410.01201, appendix B): with A_t = a_1 a_2 ... a_t and b_1 + a_1 h_0 in
+    place of b_1,
 
-        h_t = A_t (h_0 + sum_{s<=t} b_s / A_s) = exp(log A_t + logcumsumexp_{s<=t}(log b_s - log A_s)),
+        h_t = A_t sum_{s<=t} b_s / A_s = exp(log A_t + logcumsumexp_{s<=t}(log b_s - log A_s)).
 
-    where h_0 has gone into b_1. It needs a >= 0, b >= 0 and h0 >= 0. Kept for comparison: |log A_t| grows with t,
-    float32 rounds it to one part in 10^7, and its absolute error is the relative error of h_t, 1e-2 at T = 65,536.
+    It needs a >= 0, b >= 0 and h0 >= 0. It is kept for comparison: |log A_t| grows with t, and float32 rounds it to one
+    part in 10^7. The error of the logarithm is the relative error of h_t, about 1e-2 at T = 65,536.
     """
     if reverse:
         return scan_log(a.flip(-2), b.flip(-2), h0).flip(-2)
-    if h0 is not None:  # h_1 = a_1 h_0 + b_1: the state before the first element goes into the first b
+    if h0 is not None:
         b = torch.cat([torch.addcmul(b[..., :1, :], a[..., :1, :], h0.unsqueeze(-2)), b[..., 1:, :]], dim=-2)
-    # In float32 at least: log A_t leaves float16's range.
+    # In float32 at least: float16 cannot hold log A_t.
     dtype, a, b = b.dtype, *(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-    tiny = torch.finfo(a.dtype).tiny  # a gate that is fully open has a = 0; what it forgets is below rounding anyhow
+    tiny = torch.finfo(a.dtype).tiny  # in place of 0, whose logarithm would make inf - inf
     log_A = a.clamp_min(tiny).log().cumsum(dim=-2)
     return (log_A + torch.logcumsumexp(b.clamp_min(tiny).log() - log_A, dim=-2)).exp().to(dtype)
 
@@ -175,26 +190,22 @@ SCANS = {"parallel": scan_parallel, "log": scan_log, "sequential": scan_sequenti
 
 # 2. minGRU ------------------------------------------------------------------------------------------------------------
 
-PIECE = 2**21  # numbers of (B, T, 2E), measured on a CPU: smaller ones take longer, larger ones more memory
-
-
 class MinGRU(nn.Module):
     """minGRU (arXiv 2410.01201): a GRU whose gate and candidate depend on the input alone.
 
         z_t  = sigmoid(W_z x_t)
-        h~_t = g(W_h x_t),    g(u) = u + 1/2 for u >= 0, sigmoid(u) for u < 0
+        h~_t = g(W_h x_t),    g(v) = v + 1/2 for v >= 0, sigmoid(v) for v < 0
         h_t  = (1 - z_t) * h_{t-1} + z_t * h~_t
         y_t  = W_o h_t        (y_t = h_t where expansion = 1)
 
-    W_h and W_z are the two halves of `in_proj`, W_o is `out_proj`; none has a bias. The recurrence is computed in
-    float32 at least, whatever the inputs' type, under autocast too.
+    The rows of `in_proj` are W_h, then W_z; `out_proj` is W_o. None has a bias. The recurrence is computed in float32
+    at least, whatever the inputs' type, under autocast too; the state that is returned keeps that type.
 
     Args:
         dim: width of the inputs and outputs.
         expansion: hidden width E as a multiple of dim.
-        scan: "parallel", "log" or "sequential": how the recurrence is computed, never what.
-    Raises:
-        ValueError: an unknown scan, or a width that is not a positive whole number.
+        scan: "parallel", "log" or "sequential": how the recurrence is computed. The results agree up to rounding.
+    Raises ValueError for an unknown scan, or a width that is not a positive whole number.
     """
 
     def __init__(self, dim, expansion=2, scan="parallel"):
@@ -219,21 +230,14 @@ class MinGRU(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, T, dim) with T of at least 1")
         if self.scan != "parallel":
             h = SCANS[self.scan](*self.coefficients(x), h0, reverse)
-            return self.out_proj(h.to(x.dtype)), h[..., 0 if reverse else -1, :]
-        y = []  # the same in less memory
-        for piece in self._pieces(x, reverse):
-            h, h0 = _ParallelMinGRU.apply(self.in_proj(piece), h0, reverse)
+            return self.out_proj(h.to(x.dtype)), h[..., 0 if reverse else -1, :].clone()
+        # Piece after piece, each from the state after the one before; of whole rows, so that only the last needs fill.
+        pieces = _pieces(x, -2, x[..., 0, 0].numel() * 2 * self.hidden, multiple=ROW)
+        state, y = h0, []
+        for piece in reversed(pieces) if reverse else pieces:
+            h, state = _ParallelMinGRU.apply(self.in_proj(piece), state, reverse)
             y.append(self.out_proj(h.to(x.dtype)))
-        return y[0] if len(y) == 1 else torch.cat(y[::-1] if reverse else y, dim=-2), h0
-
-    def _pieces(self, x, reverse):
-        """x cut along T, in the order of time. On a CPU that runs one operation after another, what is made of a piece
-        stays in the cache. A GPU wants few launches, and torch.compile fuses all operations: they get one piece."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return [x]
-        T, numbers = x.shape[-2], x.numel() // x.shape[-1] * 2 * self.hidden
-        steps = ROW * math.ceil(T / (ROW * math.ceil(numbers / PIECE)))
-        return x.split(steps, dim=-2)[::-1 if reverse else 1]
+        return y[0] if len(y) == 1 else torch.cat(y[::-1] if reverse else y, dim=-2), state
 
     def step(self, x_t, h=None):
         """One element of a stream: x_t (B, dim), h (B, E) or None for zero -> y_t (B, dim), h (B, E)."""
@@ -243,42 +247,40 @@ class MinGRU(nn.Module):
 
     def coefficients(self, x):
         """x (..., dim) -> a = 1 - z and b = z * h~, both (..., E) and in float32 at least."""
-        return coefficients(self.in_proj(x))
-
-
-def coefficients(u):
-    """u = (W_h x, W_z x), (..., 2E) -> a = 1 - z and b = z * h~, both (..., E) and in float32 at least."""
-    a, z, candidate = _gates(u)
-    return a, z * candidate
+        a, z, candidate = _gates(self.in_proj(x))
+        return a, z * candidate
 
 
 def _gates(u):
-    """u (..., 2E) -> a = 1 - z, z and h~ = g(W_h x), each (..., E) and in float32 at least."""
+    """u = (W_h x, W_z x), (..., 2E) -> a = 1 - z, z and h~ = g(W_h x), each (..., E) and in float32 at least."""
     u = u.to(torch.promote_types(u.dtype, torch.float32))
     candidate, gate = u.chunk(2, dim=-1)
     g_below, z = u.sigmoid().chunk(2, dim=-1)
-    # g is the larger of its two branches. A torch.where would take six times as long as the maximum.
-    # a is sigmoid(-gate) and not 1 - z: the subtraction would leave few digits of an a near zero.
+    # g is the larger of its two branches. On a CPU torch.maximum takes a sixth of the time of torch.where.
+    # a is sigmoid(-gate): 1 - z would lose the digits of a small a.
     return (-gate).sigmoid(), z, torch.maximum(candidate + 0.5, g_below)
 
 
+# What makes it lean on memory: the gates are computed again for the gradient, and long inputs are cut.
 class _ParallelMinGRU(torch.autograd.Function):
-    """scan_parallel(*coefficients(u), h0, reverse) in less memory: only u and h are kept, and the gates are made again
-    for the gradient. u (B, T, 2E), h0 (B, E) or None -> h (B, T, E) and the state after the last element, (B, E). With
-    G_t as in `_ParallelScan`,
+    """u (B, T, 2E), h0 (B, E) or None -> every h_t, (B, T, E), and the state after the last element, (B, E).
+
+    The scan of the gates' coefficients, as `scan_parallel` computes it, but only u and h are kept for the gradient,
+    which computes the gates again. With G_t as in `_ParallelScan`,
 
         dL/d(W_h x)_t = G_t z_t g'(W_h x_t),
         dL/d(W_z x)_t = G_t a_t z_t (h~_t - h_{t-1}) = G_t z_t (h~_t - h_t).
 
-    (h~_t - h_t = a_t (h~_t - h_{t-1}) loses digits near a_t = 0, but is then below the other gradients' rounding.)
+    (The last form needs no h_{t-1}. It loses digits only where a_t, and with it this gradient, is near zero.)
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(u, h0, reverse):
-        h = _scan(*coefficients(u), h0, reverse)
-        return h, h[..., 0 if reverse else -1, :].clone()
+        a, z, candidate = _gates(u)
+        h = _scan(a, z * candidate, h0, reverse)
+        return h, h[..., 0 if reverse else -1, :].clone()  # no view: the outputs of a Function share no memory
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -288,16 +290,30 @@ class _ParallelMinGRU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_after):
         u, h, h0 = ctx.saved_tensors
-        against, first = not ctx.reverse, -1 if ctx.reverse else 0
         a, z, candidate = _gates(u)
-        a_next = _before(a, torch.ones_like(grad_after), against)
-        G = scan_parallel(a_next, grad, grad_after, against)
-        # g' is 1 above zero, and h~ (1 - h~) below, where h~ < 1/2: 1/4 at most, and a step of 3/4 makes it 1.
+        # The backward scan starts from grad_after, with a factor of 1: the state after the last element is its h_t.
+        a_next = _before(a, torch.ones_like(grad_after), not ctx.reverse)
+        G = scan_parallel(a_next, grad, grad_after, not ctx.reverse)
+        # g'(v) is 1 for v > 0, and h~ (1 - h~) for v < 0, where h~ < 1/2. With low = min(h~, 1/2), low (1 - low) is
+        # right below zero, and 1/4 above, where 3/4 is to be added. At 0 half of that is added, as autograd would.
         low, sign = candidate.clamp(max=0.5), u.chunk(2, dim=-1)[0].to(z.dtype).sign()
         slope = torch.add(torch.addcmul(low, low, low, value=-1), sign + 1, alpha=0.375)
         G_z = G * z
         du = torch.stack([G_z * slope, G_z * (candidate - h)], dim=-2).flatten(-2).to(u.dtype)
-        return du, None if h0 is None else a[..., first, :] * G[..., first, :], None
+        return du, _gradient_of_h0(a, G, h0, ctx.reverse), None
+
+
+PIECE = 2**21  # numbers in u, (B, T, 2E). Measured on a CPU: smaller pieces take longer, larger ones more memory.
+
+
+def _pieces(x, dim, cost, multiple=1):
+    """x split along `dim` into pieces, of a multiple of `multiple` in length, whose u has at most about PIECE numbers,
+    `cost` for each index of `dim`. On a CPU what is computed from a piece stays in the cache from one operation to the
+    next. A GPU wants few launches, and torch.compile fuses all operations: they get x whole.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [x]
+    return x.split(max(multiple, PIECE // max(cost, 1) // multiple * multiple), dim)
 
 
 # 3. 2DGRU -------------------------------------------------------------------------------------------------------------
@@ -308,8 +324,7 @@ class GRU2D(nn.Module):
         from the left    sum_{m <= L} [prod_{k=m+1..L} (1 - z_k)] z_m h~_m      through `left`, and
         from the right   sum_{m >= L} [prod_{k=L..m-1} (1 - z_k)] z_m h~_m      through `right`,
 
-    each with weights of its own; the two outputs are added. (Both sums take in L itself.) x (B, H, W, C) ->
-    (B, H, W, C), any H and W.
+    each with gates and candidates of its own. The two outputs are added. x (B, H, W, C) -> (B, H, W, C), any H and W.
     """
 
     def __init__(self, dim, expansion=2, scan="parallel"):
@@ -319,7 +334,10 @@ class GRU2D(nn.Module):
 
     def forward(self, x):
         sequence = x.flatten(1, 2)                                              # (B, H*W, C), raster order
-        return (self.left(sequence)[0] + self.right(sequence, reverse=True)[0]).view_as(x)
+        # As many images at a time as make one piece. (If one is too large for that, minGRU cuts it.)
+        y = [self.left(images)[0] + self.right(images, reverse=True)[0]
+             for images in _pieces(sequence, 0, sequence.shape[1] * 2 * self.left.hidden)]
+        return (y[0] if len(y) == 1 else torch.cat(y)).view_as(x)
 
 
 # 4. Around it: block, stem, downsampling ------------------------------------------------------------------------------
@@ -336,7 +354,7 @@ class Block(nn.Module):
     """x = x + 2DGRU(DWConv3x3(LN(x))), then x = x + FFN(LN(x)). (B, H, W, C) -> (B, H, W, C).
 
     The depthwise convolution lets a pixel see its neighbours above and below before the scan, which walks along rows.
-    `drop_path` is the probability that a sample skips a residual branch in training (stochastic depth).
+    `drop_path` is the probability that an image skips a residual branch in training (stochastic depth).
     """
 
     def __init__(self, dim, expansion=2, mlp_ratio=4, drop_path=0.0, scan="parallel"):
@@ -355,7 +373,7 @@ class Block(nn.Module):
 
 
 class Stem(nn.Module):
-    """Image to tokens of 4x4 pixels by two strided convolutions: (B, 3, H, W) -> (B, H/4, W/4, dim), rounded up."""
+    """Two strided convolutions, one position for 4x4 pixels: (B, 3, H, W) -> (B, H/4, W/4, dim), rounded up."""
 
     def __init__(self, dim):
         super().__init__()
@@ -394,10 +412,9 @@ class VisionGRU(nn.Module):
         mlp_ratio: hidden width of the FFNs, likewise.
         drop_path: stochastic depth: the probability of the last block; it grows linearly from 0 at the first.
         scan: "parallel", "log" or "sequential", as in `MinGRU`; all have the same parameters and results.
-        checkpoint: in training keep only the inputs of stem, blocks and downsampling, and compute each again for the
-            gradient: about half the memory.
-    Raises:
-        ValueError: sizes that make no sense, with what was expected.
+        checkpoint: in training, keep only the inputs of stem, blocks and downsamplings, and compute the rest again for
+            the gradient: about half the memory.
+    Raises ValueError if an argument is out of range.
     """
 
     def __init__(self, num_classes=1000, dim=72, depths=(2, 2, 8, 2), expansion=2, mlp_ratio=4, drop_path=0.0,
@@ -407,8 +424,7 @@ class VisionGRU(nn.Module):
             raise ValueError(f"depths is {depths!r}; expected four whole numbers of at least 1, one for each stage")
         if not isinstance(dim, int) or dim < 2 or dim % 2:
             raise ValueError(f"dim is {dim}; expected an even number of at least 2 (the stem starts with half of it)")
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; expected a whole number of at least 1")
+        _check_positive(num_classes=num_classes)
         if mlp_ratio * dim < 1:
             raise ValueError(f"mlp_ratio is {mlp_ratio}; expected mlp_ratio * dim to be at least 1")
         if not 0 <= drop_path < 1:
@@ -425,23 +441,19 @@ class VisionGRU(nn.Module):
 
     def features(self, x):
         """x (B, 3, H, W) -> the outputs of the four stages, (B, C_i, H_i, W_i) with C_i = dim, 2 dim, 4 dim, 8 dim and
-        sizes of 1/4, 1/8, 1/16, 1/32 of the image, rounded up. No norm is applied to them.
+        sizes of 1/4, 1/8, 1/16, 1/32 of the image, rounded up. They are not normalised.
 
         Any height and width of at least 32 pixels; any floating-point type, which is cast to the parameters' own.
-
-        Raises:
-            ValueError: x has another shape, is smaller than 32 pixels or is not floating point.
+        Raises ValueError for anything else.
         """
-        if x.ndim != 4 or x.shape[1] != 3:
-            raise ValueError(f"images have shape {tuple(x.shape)}; expected (B, 3, H, W)")
-        if x.shape[2] < 32 or x.shape[3] < 32:
-            raise ValueError(f"images are {x.shape[2]} x {x.shape[3]} pixels; expected at least 32 x 32")
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] < 32 or x.shape[3] < 32:
+            raise ValueError(f"images have shape {tuple(x.shape)}; expected (B, 3, H, W), H and W at least 32")
         if not x.is_floating_point():
             raise ValueError(f"images are {x.dtype}; expected floating point, scaled and normalised "
                              f"(for bytes: torchvision's to_dtype(x, torch.float32, scale=True), then normalize)")
 
         def run(part, x):
-            return checkpoint(part, x, use_reentrant=False) if self.checkpoint and self.training else part(x)
+            return recomputed(part, x, use_reentrant=False) if self.checkpoint and self.training else part(x)
 
         x = run(self.stem, x.to(self.stem.conv1.weight.dtype))
         maps = []
@@ -454,15 +466,18 @@ class VisionGRU(nn.Module):
         return maps
 
     def forward(self, x):
-        """x (B, 3, H, W) -> logits (B, num_classes): the last stage's mean over positions, then a linear layer.
-
-        Sizes, types and errors as for `features`.
-        """
+        """x (B, 3, H, W), as for `features` -> logits (B, num_classes): a linear layer on the last map's mean."""
         return self.head(self.features(x)[-1].mean(dim=(2, 3)))
 
 
+def _check_positive(**numbers):
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value}; expected a whole number of at least 1")
+
+
 def visiongru_nano(**kw):
-    """Ours, for laptops and tests: 2.0 M parameters."""
+    """Not in the paper; for laptops and tests: 2.0 M parameters."""
     return VisionGRU(**{"dim": 24, "depths": (1, 1, 4, 1), **kw})
 
 
@@ -488,9 +503,9 @@ class UPerHead(nn.Module):
 
         pyramid pooling   the last map, averaged over grids of 1x1, 2x2, 3x3 and 6x6, sees the scene as a whole
         top-down path     from the coarsest map to the finest, each is enlarged and added to the next (FPN)
-        fusion            all four, enlarged to the finest one's size, beside one another and convolved
+        fusion            all four are enlarged to the finest one's size, concatenated and convolved
 
-    The layers are named as in mmsegmentation, in which the authors trained theirs.
+    The layers have mmsegmentation's names, so that the authors' checkpoints load.
     """
 
     def __init__(self, dims, num_classes, channels=512):
@@ -536,17 +551,13 @@ class UPerNet(nn.Module):
     Args:
         backbone: a VisionGRU. It becomes a part of this model and loses its classifier, which has no use here.
         num_classes: K, the classes that a pixel may have.
-        channels: width of the decoder.
-        aux_channels: width of the auxiliary head.
-    Raises:
-        ValueError: a number below 1.
+        channels, aux_channels: width of the decoder, and of the auxiliary head.
+    Raises ValueError for a number below 1.
     """
 
     def __init__(self, backbone, num_classes, channels=512, aux_channels=256):
         super().__init__()
-        for name, value in ("num_classes", num_classes), ("channels", channels), ("aux_channels", aux_channels):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value}; expected a whole number of at least 1")
+        _check_positive(num_classes=num_classes, channels=channels, aux_channels=aux_channels)
         self.num_classes = num_classes
         backbone.head = nn.Identity()
         self.backbone = backbone
@@ -554,10 +565,9 @@ class UPerNet(nn.Module):
         self.auxiliary_head = FCNHead(backbone.dims[2], num_classes, aux_channels)
 
     def forward(self, x):
-        """x (B, 3, H, W) -> logits (B, K, H, W); in training a pair of such, the second from the auxiliary head.
-
-        Sizes, types and errors as for `VisionGRU.features`. In training the batch must hold two images or more: the
-        coarsest pooling leaves one number per image and channel, of which BatchNorm takes the variance.
+        """x (B, 3, H, W), as for `VisionGRU.features` -> logits (B, K, H, W); in training a pair of such, the second
+        from the auxiliary head. A batch to train on must hold two images or more: the coarsest pooling leaves one
+        number per image and channel, of which BatchNorm takes the variance.
         """
         maps = self.backbone.features(x)
         logits = resize_to(self.decode_head(maps), x.shape[2:])
@@ -568,10 +578,10 @@ class UPerNet(nn.Module):
 
 # 7. Loading weights ---------------------------------------------------------------------------------------------------
 
-# The release's names, on the left, and ours. min_gru_1 reads forward; to_hidden_and_gate has the candidate's rows
-# first, as our in_proj has.
+# (a pattern in the release's names, ours), applied in this order. min_gru_1 reads forward; to_hidden_and_gate has the
+# candidate's rows first, as our in_proj has.
 _RELEASE_NAMES = [
-    (r"\b(module|_orig_mod|vig)\.", ""),  # of wrappers
+    (r"\b(module|_orig_mod|vig)\.", ""),  # prefixes that wrappers add
     (r"\btokenizer\.", "stem."),
     (r"\bsnake_gru\.layers\.", "stages."),
     (r"\.min_gru_1\.", ".gru.left."),
@@ -590,26 +600,23 @@ _RELEASE_NAMES = [
 
 
 def named_weights(source, name="the state dict"):
-    """The parameters in what `torch.load` returned, under this file's names.
+    """The parameters in what `torch.load` returned, a dict, under this file's names.
 
     `source` is a state dict of ours or of the release, one under the key "model" or "state_dict", or a checkpoint of
-    train.py. Such a checkpoint holds the model and, where one was kept, the moving average of its weights; its entry
-    "better" says which of the two validated better and is taken.
-
-    Raises:
-        ValueError: there are none.
+    train.py, which holds the model, perhaps the moving average of its weights, "ema", and in "better" the name of the
+    one that validated better: that one is returned. Raises ValueError if there are none.
     """
     if isinstance(source, dict):
         if isinstance(source.get("model"), dict):
-            source = source[source.get("better") or ("ema" if source.get("ema") else "model")]
+            source = source.get(source.get("better") or ("ema" if source.get("ema") else "model"))
         elif isinstance(source.get("state_dict"), dict):
             source = source["state_dict"]
-    if not isinstance(source, dict) or not all(isinstance(key, str) for key in source) \
-            or not any(isinstance(value, Tensor) for value in source.values()):
+    items = source.items() if isinstance(source, dict) else ()
+    weights = {key: value for key, value in items if isinstance(value, Tensor) and key != "n_averaged"}
+    if not weights:
         raise ValueError(f"{name} holds no weights; expected a dict of parameter names and tensors")
-    weights = {key: value for key, value in source.items() if isinstance(value, Tensor) and key != "n_averaged"}
     for pattern, ours in _RELEASE_NAMES:
-        weights = {re.sub(pattern, ours, key): value for key, value in weights.items()}
+        weights = {re.sub(pattern, ours, str(key)): value for key, value in weights.items()}
     if all(key.startswith("backbone.") for key in weights):  # a wrapper's prefix too, unless a decoder stands beside it
         weights = {key.removeprefix("backbone."): value for key, value in weights.items()}
     return weights
@@ -624,28 +631,25 @@ def why_unread(error):
 
 
 def load_weights(model, source):
-    """Fill `model` with the weights of `source` and return it.
+    """Fill `model`, a model of this file, with the weights of `source` and return it.
 
-    Args:
-        model: a model of this file.
-        source: a path, or what `torch.load` returned for it: a state dict of ours or of the authors' release, with or
-            without wrappers' prefixes (`module.`, `_orig_mod.`, `vig.`, `backbone.vig.`), or a checkpoint of train.py
-            or segment.py. Of such the better of model and moving average is taken; to choose, pass `["model"]` of it.
+    `source` is a path, or what `torch.load` returned for it: a state dict of ours or of the authors' release, with or
+    without wrappers' prefixes (`module.`, `_orig_mod.`, `vig.`, `backbone.vig.`), or a checkpoint of train.py or
+    segment.py, of which the better of model and moving average is taken; to choose, pass `["model"]` of it.
 
-    The model's classifier is left at its initial values, with a warning, where `source` has none or one for another
-    number of classes: that is fine-tuning. Of a segmentation model's weights a VisionGRU takes the backbone, and a
-    UPerNet's `.backbone` takes a classifier's weights.
+    If `source` has no classifier, or one for another number of classes, the model's stays at its initial values, with a
+    warning: that is fine-tuning. A VisionGRU takes the backbone from a segmentation model's weights, and a UPerNet's
+    `.backbone` takes a classifier's weights.
 
-    Raises:
-        ValueError: `source` holds no weights, or they do not fit: the message names what is missing, unexpected and
-            mis-shaped, and the model is as it was.
+    Raises ValueError if `source` holds no weights, or they do not fit: the message names what is missing, unexpected
+    and mis-shaped, and the model is as it was.
     """
     name = "the state dict"
     if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         try:
             source = torch.load(name, map_location="cpu", weights_only=True)
-        except OSError:
+        except OSError:  # no such file, say
             raise
         except Exception as error:
             raise ValueError(f"{name} is not a file of weights that torch.load(..., weights_only=True) can read: "
@@ -661,12 +665,12 @@ def load_weights(model, source):
         new, old = expected.get(f"{head}.weight"), found.get(f"{head}.weight")
         if head == "head" and new is not None and not any(key.startswith("head.") for key in found):
             difference = "has no classifier"
-        elif None not in (new, old) and old.ndim and new.shape != old.shape and new.shape[1:] == old.shape[1:]:
+        elif new is not None and old is not None and new.shape != old.shape and new.shape[1:] == old.shape[1:]:
             difference = f"has a classifier for {len(old)} classes and the model one for {len(new)}"
         else:
             continue
         warnings.warn(f"{name} {difference}: {head} is left at its initial values", stacklevel=2)
-        found.update({key: expected[key] for key in expected if key.startswith(f"{head}.")})  # so that all fits
+        found.update({key: expected[key] for key in expected if key.startswith(f"{head}.")})  # the model's own
 
     shapes = [f"{key} {tuple(found[key].shape)} instead of {tuple(value.shape)}" for key, value in expected.items()
               if key in found and found[key].shape != value.shape]
