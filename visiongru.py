@@ -91,7 +91,9 @@ def scan_parallel(a, b, h0=None, reverse=False):
 def _scan(a, b, h0, reverse):
     """What `scan_parallel` computes, without the gradient that `_ParallelScan` gives it."""
     T = b.shape[-2]
-    if isinstance(T, torch.SymInt):  # torch.export of a program for images of any size: the loops below would fix T
+    # In torch.export of a program for images of any size T is a symbol, which the loops below would fix. torch.compile
+    # may fix it: it compiles anew for another length.
+    if isinstance(T, torch.SymInt) and not torch.compiler.is_dynamo_compiling():
         return _doubling_scan(a, b, h0, reverse)
     if T <= ROW:
         return scan_sequential(a, b, h0, reverse)
