@@ -91,8 +91,7 @@ def scan_parallel(a, b, h0=None, reverse=False):
 def _scan(a, b, h0, reverse):
     """What `scan_parallel` computes, without the gradient that `_ParallelScan` gives it."""
     T = b.shape[-2]
-    # In torch.export of a program for images of any size T is a symbol, which the loops below would fix. torch.compile
-    # may fix it: it compiles anew for another length.
+    # T is a symbol in torch.export for images of any size. (torch.compile may fix it, and compile another length anew.)
     if isinstance(T, torch.SymInt) and not torch.compiler.is_dynamo_compiling():
         return _doubling_scan(a, b, h0, reverse)
     if T <= ROW:
@@ -426,7 +425,8 @@ class VisionGRU(nn.Module):
             raise ValueError(f"depths is {depths!r}; expected four whole numbers of at least 1, one for each stage")
         if not isinstance(dim, int) or dim < 2 or dim % 2:
             raise ValueError(f"dim is {dim}; expected an even number of at least 2 (the stem starts with half of it)")
-        _check_positive(num_classes=num_classes)
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}; expected a whole number of at least 1")
         if mlp_ratio * dim < 1:
             raise ValueError(f"mlp_ratio is {mlp_ratio}; expected mlp_ratio * dim to be at least 1")
         if not 0 <= drop_path < 1:
@@ -470,12 +470,6 @@ class VisionGRU(nn.Module):
     def forward(self, x):
         """x (B, 3, H, W), as for `features` -> logits (B, num_classes): a linear layer on the last map's mean."""
         return self.head(self.features(x)[-1].mean(dim=(2, 3)))
-
-
-def _check_positive(**numbers):
-    for name, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value}; expected a whole number of at least 1")
 
 
 def visiongru_nano(**kw):
@@ -550,16 +544,16 @@ class FCNHead(nn.Module):
 class UPerNet(nn.Module):
     """UPerNet on VisionGRU, with an auxiliary FCN head on stage 3, as the paper segments ADE20K.
 
-    Args:
-        backbone: a VisionGRU. It becomes a part of this model and loses its classifier, which has no use here.
-        num_classes: K, the classes that a pixel may have.
-        channels, aux_channels: width of the decoder, and of the auxiliary head.
-    Raises ValueError for a number below 1.
+    The backbone, a VisionGRU, becomes a part of this model and loses its classifier, which has no use here. A pixel has
+    one of `num_classes`; `channels` and `aux_channels` are the widths of the decoder and of the auxiliary head. Raises
+    ValueError if one of them is below 1.
     """
 
     def __init__(self, backbone, num_classes, channels=512, aux_channels=256):
         super().__init__()
-        _check_positive(num_classes=num_classes, channels=channels, aux_channels=aux_channels)
+        for name, value in ("num_classes", num_classes), ("channels", channels), ("aux_channels", aux_channels):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value}; expected a whole number of at least 1")
         self.num_classes = num_classes
         backbone.head = nn.Identity()
         self.backbone = backbone
@@ -605,8 +599,8 @@ def named_weights(source, name="the state dict"):
     """The parameters in what `torch.load` returned, a dict, under this file's names.
 
     `source` is a state dict of ours or of the release, one under the key "model" or "state_dict", or a checkpoint of
-    train.py, which holds the model, perhaps the moving average of its weights, "ema", and in "better" the name of the
-    one that validated better: that one is returned. Raises ValueError if there are none.
+    train.py, which holds "model" and perhaps the moving average of its weights, "ema", and in "better" which of the two
+    validated better: that one is returned. Raises ValueError if there are none.
     """
     if isinstance(source, dict):
         if isinstance(source.get("model"), dict):

@@ -379,9 +379,9 @@ def main():
         return serve(json.loads(args.serve))
 
     if args.count:
-        print(f"From u to h at T = 3,136, E = {args.hidden}, batch {args.batch}, float32: counted, not measured. Predicted "
-              f"is the longer\nof {1e6 * LAUNCH['eager']:.0f} us ({1e6 * LAUNCH['compiled']:.0f} compiled) for each launch, "
-              f"and all bytes at the data sheet's bandwidth.\n")
+        print(f"From u to h at T = 3,136, E = {args.hidden}, batch {args.batch}, float32: counted, not measured.\n"
+              f"Predicted is the longer of {1e6 * LAUNCH['eager']:.0f} us ({1e6 * LAUNCH['compiled']:.0f} compiled) for "
+              f"each launch, and all bytes at the data sheet's bandwidth.\n")
         return print(count_table(count_rows(args.batch, 3136, args.hidden)))
 
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
