@@ -1623,11 +1623,15 @@ def test_only_what_the_user_can_put_right_is_told_without_a_traceback():
     assert train.explained(BrokenPipeError(32, "Broken pipe")) is None
 
 
+def children(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 def test_a_loader_that_is_killed_ends_the_run_with_an_error_that_says_so(pictures, tmp_path):
     process = script(*arguments(pictures, tmp_path / "run", "--workers", 1, "--save-every", 1, "--epochs", 999))
     wait_for((tmp_path / "run" / "last.pt").exists, process)
-    for loader in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        os.kill(int(loader), signal.SIGKILL)
+    for loader in children(process):
+        os.kill(loader, signal.SIGKILL)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2 and "out of memory? A larger --accum" in err, err
     train.load_checkpoint(tmp_path / "run" / "last.pt")
@@ -1644,6 +1648,8 @@ def test_a_second_interrupt_stops_at_once(workers, tmp_path):
         with contextlib.suppress(OSError):  # nobody reads it yet
             return os.open(data / "train" / "b" / "3.png", os.O_WRONLY | os.O_NONBLOCK)
     writer = wait_for(writer, process)
+    reader, = [process.pid] if workers == 0 else children(process)
+    wait_for(lambda: "pipe" in Path(f"/proc/{reader}/wchan").read_text(), process)
     process.send_signal(signal.SIGINT)
     while "stopping after this step" not in process.stderr.readline():
         pass
@@ -1676,10 +1682,10 @@ def pair(pictures, tmp_path_factory):
 
 def pid_of_rank(launcher, rank):
     """The process that torchrun started for a rank."""
-    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+    for child in children(launcher):
         with contextlib.suppress(OSError):  # it has just ended
             if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
-                return int(child)
+                return child
 
 
 def test_a_dead_rank_is_started_again_and_the_run_ends_as_if_undisturbed(pair, pictures, tmp_path):

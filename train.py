@@ -778,6 +778,7 @@ COUNT_OR_NONE = limited(int, lambda n: 0 <= n < 2**31, "a whole number of at lea
 AMOUNT = limited(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 SHARE = limited(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 BELOW_1 = limited(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+ALPHA = limited(float, lambda x: x == 0 or 1e-6 <= x <= 1e6, "0 or a number from 1e-6 to 1e6")
 UP_TO_30 = limited(int, lambda n: 0 <= n <= 30, "a whole number from 0 to 30")
 PIXELS = limited(int, lambda n: 32 <= n <= 16384, "32 to 16384 pixels")
 
@@ -816,8 +817,8 @@ OPTIONS = {
     "crop-scale": (SHARE, 0.08, 1.0, "least share of an image that a random crop takes; 1: no random crop"),
     "randaug": ((UP_TO_30, UP_TO_30), [2, 9], [0, 0], "operations and magnitude of RandAugment"),
     "erasing": (SHARE, 0.25, 0.0, "probability of random erasing"),
-    "mixup": (AMOUNT, 0.8, 0.0, "alpha; 0: none"),
-    "cutmix": (AMOUNT, 1.0, 0.0, "alpha; 0: none"),
+    "mixup": (ALPHA, 0.8, 0.0, "alpha; 0: none"),
+    "cutmix": (ALPHA, 1.0, 0.0, "alpha; 0: none"),
     "smoothing": (BELOW_1, 0.1, 0.0, "of the labels"),
     "ema": (BELOW_1, 0.9999, 0.99, "decay of the moving average of the weights; 0: none"),
 } | SHARED
@@ -899,6 +900,8 @@ def run_script(main):
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception as error:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader's handler would raise the error again
         message = explained(error)
         status = 2 if message else 1
         if os.environ.get("RANK", "0") != "0":  # if all meet it, the first one tells it, and torchrun ends the others
