@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import train as common
 import visiongru
-from train import AMOUNT, COUNT, COUNT_OR_NONE, MEAN, MODELS, PIXELS, SHAPES, STD, UserError, limited
+from train import AMOUNT, COUNT, COUNT_OR_NONE, MEAN, MODELS, PIXELS, SHAPES, STD, Shapes, UserError, limited
 
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".pgm")  # for label maps: JPEG would make other labels of them
 IGNORE = 255  # in the masks of the data sets below: a pixel that is neither learned nor scored
@@ -78,10 +78,9 @@ def train(args, processes):
 
     while run.validated < args.iters:
         run.take_steps(min((run.validated // args.eval_every + 1) * args.eval_every, args.iters), batches, loss_of)
-        torch.backends.cudnn.benchmark = False  # validation images come in many sizes
         result = scores(evaluate(model, val_loader, processes, run.autocast, args.crop_size * args.slide, run.stop),
                         classes)
-        torch.backends.cudnn.benchmark = True
+        # Labels that count from 0 never reach the last number.
         if run.validated == 0 and args.zero_is_ignore and result["acc"][classes[-1]] is None:
             processes.say(f"note: no pixel to validate on has the last label, {len(classes)}; if labels count from 0, "
                           f"begin again with --no-zero-is-ignore")
@@ -102,8 +101,8 @@ def parameter_groups(model, weight_decay):
     """For the optimizer: weight decay on everything but the norms."""
     norms = [p for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm))
              for p in module.parameters()]
-    ids = {id(p) for p in norms}
-    return [{"params": [p for p in model.parameters() if id(p) not in ids], "weight_decay": weight_decay},
+    others = set(model.parameters()) - set(norms)
+    return [{"params": [p for p in model.parameters() if p in others], "weight_decay": weight_decay},
             {"params": norms, "weight_decay": 0.0}]
 
 
@@ -232,7 +231,7 @@ def evaluate_checkpoint(args, processes):
     common.check_classes(settings["classes"] or [None] * model.num_classes, data.classes, args.weights)
     data.transform = transform
     loader = common.evaluation_loader(data, 1, args, processes)
-    loader = tqdm(loader, unit="image", leave=False, disable=processes.without_bar)
+    loader = tqdm(loader, unit="image", leave=False, disable=processes.rank > 0 or None)
     model.to(processes.device)
     confusion = evaluate(model, loader, processes, common.precision(args.amp, processes.device)[1],
                          settings["crop_size"] * args.slide)
@@ -255,7 +254,7 @@ def predict(args, processes):
     common.make_folder(out)
     autocast = common.precision(args.amp, processes.device)[1]
     mine = list(stems.items())[processes.rank::processes.count]
-    for stem, path in tqdm(mine, unit="image", leave=False, disable=processes.without_bar):
+    for stem, path in tqdm(mine, unit="image", leave=False, disable=processes.rank > 0 or None):
         try:
             image = common.read_image(path)
         except UserError as error:
@@ -336,17 +335,19 @@ class LabelledImages(Dataset):
     def read_mask(self, path):
         try:
             with Image.open(path, formats=["PNG", "BMP", "TIFF", "PPM"]) as file:  # whatever its name says
-                labels, = v2.functional.pil_to_tensor(file).to(torch.int64)
+                if len(file.getbands()) > 1:
+                    raise ValueError(f"it has the channels {file.getbands()}; expected one, the number of the class")
+                labels = v2.functional.pil_to_tensor(file)[0].to(torch.int64)
         except Exception as error:
-            raise UserError(f"cannot read the label map {path}, one channel with the number of each pixel's class: "
-                            f"{error}") from None
+            raise UserError(f"cannot read the label map {path}: {error}") from None
         first, last = int(self.zero_is_ignore), len(self.classes) - 1 + self.zero_is_ignore
         ignored = (labels == self.ignore_label) | (labels == 0) & self.zero_is_ignore
         wrong = ((labels < first) | (labels > last)) & ~ignored
         if wrong.any():
-            raise UserError(f"the label map {path} has a pixel of label {labels[wrong][0]}; expected {first} to {last}, "
-                            f"or {'0 or ' * self.zero_is_ignore}{self.ignore_label} to ignore it: --num-classes, "
-                            f"--zero-is-ignore and --ignore-label say how labels are read")
+            ignore = f"{'0 or ' * self.zero_is_ignore}{self.ignore_label}"
+            raise UserError(f"the label map {path} has a pixel of label {labels[wrong][0]}; expected {first} to "
+                            f"{last}, or {ignore} to ignore it: --num-classes, --zero-is-ignore and --ignore-label say "
+                            f"how labels are read")
         return (labels - first).masked_fill(ignored, IGNORE).to(torch.uint8)
 
 
@@ -479,8 +480,8 @@ def parse_arguments(argv=None):
     if args.weights and args.backbone_weights:
         raise UserError("--weights and --backbone-weights: give one of the two")
     if args.data is None and (args.num_classes, args.zero_is_ignore, args.ignore_label) != (None, False, IGNORE):
-        raise UserError("--num-classes, --zero-is-ignore, --ignore-label: they say how labels of --data are read; there "
-                        "is no --data")
+        raise UserError("--num-classes, --zero-is-ignore, --ignore-label: they say how labels of --data are read; "
+                        "there is no --data")
     args.scale = sorted(args.scale)
     args.short_side = args.short_side or args.crop_size
     args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'scenes'}-upernet-{args.model}"
@@ -489,17 +490,14 @@ def parse_arguments(argv=None):
 
 # The built-in scenes --------------------------------------------------------------------------------------------------
 
-class Scenes(Dataset):
+class Scenes(Shapes):
     """One to three textured shapes on a textured ground, class 0, one over the other: (PIL image, mask (size, size)
     uint8). Item i depends on (split, seed, i) alone, and is drawn when asked for."""
 
-    classes, transform = ["ground", *SHAPES], None
+    classes = ["ground", *SHAPES]
 
     def __init__(self, split, length, size=64, seed=0):
-        self.split, self.length, self.size, self.seed = split, length, size, seed
-
-    def __len__(self):
-        return self.length
+        super().__init__(split, length, size, seed)
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(common.random_seed(self.seed, "scene", self.split, index))

@@ -922,7 +922,7 @@ def test_a_loss_or_weights_that_are_not_finite_end_the_run_and_leave_the_checkpo
     (("--drop-path", 1), "--drop-path: expected a number from 0 to below 1, not '1'"),
     (("--amp", "fp8"), "--amp: invalid choice: 'fp8'"),
     (("--nonsense",), "unrecognized arguments: --nonsense"),
-    (("--eval", "--weights", "x"), "does nothing with --eval or --predict"),
+    (("--eval", "--weights", "x"), "does nothing with --eval"),
     (("--weights", "absent.pt"), "cannot open the checkpoint absent.pt: No such file"),
     (("--resume", "absent.pt"), "cannot open the checkpoint absent.pt: No such file"),
 ])
@@ -1110,7 +1110,7 @@ ROWS, FROM_1 = [[0, 1, 2, 3], [3, 2, 1, 255]], [[255, 0, 1, 2], [2, 1, 0, 255]]
     (ROWS, None, "--num-classes 2", "a.png has a pixel of label 3; expected 1 to 2, or 0 or 255 to ignore it"),
     (ROWS, None, "--num-classes 3 --no-zero-is-ignore", "a.png has .* label 3; expected 0 to 2, or 255 to ignore it"),
     ([[7, 300]], None, "--num-classes 150", "a.png has a pixel of label 300; expected 1 to 150"),
-    (ROWS, "RGB", "--num-classes 3", "cannot read the label map .*a.png, one channel with the number of each pixel")])
+    (ROWS, "RGB", "--num-classes 3", "cannot read the label map .*a.png: it has the channels .*; expected one")])
 def test_labels_are_read_by_the_rule_asked_for(rows, mode, words, expected, tmp_path):
     write_labelled(tmp_path, "training", "a", rows, mode=mode)
     assert_read(lambda data: data[0][1].tolist(), expected, tmp_path, words)
@@ -1452,7 +1452,8 @@ def test_an_overlay_shows_the_picture_under_its_colours_and_a_legend_of_the_clas
     ("--resume {segmented}/last.pt --ignore-label 9", "last.pt: ignore-label was 255 and is now 9"),
     ("--resume {segmented}/last.pt --batch-size 2", "last.pt: batch-size was 4 and is now 2"),
     ("--predict x.png --weights {finished}/best.pt", "best.pt has no decode_head.conv_seg.weight; expected a check"),
-    ("--predict a/1.jpg b/1.jpg --weights {segmented}/best.pt", "a/1.jpg and b/1.jpg would be written to the same file")])
+    ("--predict a/1.jpg b/1.jpg --weights {segmented}/best.pt", "a/1.jpg and b/1.jpg would be written to the same"),
+])
 def test_segmentation_does_not_begin_with_what_makes_no_sense(more, message, finished, segmented, streets, tmp_path):
     words = more.format(finished=finished, segmented=segmented).split()
     with pytest.raises(train.UserError, match=message):
@@ -1821,7 +1822,7 @@ def test_every_shape_of_the_machine_sees_the_same_images_augmented_and_mixed_ali
         for rank in range(count):
             processes = train.Processes(rank, count)
             batches = train.training_batches(range(5, 7), args, processes)
-            loader = train.make_loader(train.Stream(data, args.seed), batches, workers, processes)
+            loader = train.make_loader(train.Stream(data, args.seed), workers, processes, batch_sampler=batches)
             for number, (images, targets) in enumerate(loader):
                 step = 5 + number // accum
                 images, targets = mix(images, targets, step)
@@ -1881,7 +1882,7 @@ def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path):
     (tmp_path / "file").write_text("dear")
     (tmp_path / "file.tmp").symlink_to("/dev/full")  # a device on which there is never any space
     with pytest.raises(train.UserError, match="cannot write .*file: No space left on device; one .* is still there"):
-        train.save_checkpoint({"weight": torch.ones(10**6)}, tmp_path / "file")
+        train.write_whole(tmp_path / "file", bytes(10**6))
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "dear"
 
 

@@ -24,6 +24,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -137,7 +138,7 @@ def evaluate_checkpoint(args, processes):
     check_classes(classes or [None] * model.num_classes, data.classes, args.weights)
     data.transform = transform
     loader = evaluation_loader(data, max(1, args.batch_size // processes.count), args, processes)
-    loader = tqdm(loader, unit="batch", leave=False, disable=processes.without_bar)
+    loader = tqdm(loader, unit="batch", leave=False, disable=processes.rank > 0 or None)
     scores = evaluate(model.to(processes.device), loader, processes, precision(args.amp, processes.device)[1])
     processes.say(f"{args.weights}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, loss "
                   f"{scores['val_loss']:.4f} ({len(data):,} images)")
@@ -148,20 +149,23 @@ def predict(args, processes):
     """Print the top-5 classes of images. One that cannot be read is reported, and the others done all the same."""
     model, transform, classes = model_from_checkpoint(args)
     model.to(processes.device).eval()
-    (_, autocast), status = precision(args.amp, processes.device), 0
+    _, autocast = precision(args.amp, processes.device)
+    unread = 0
     for path in args.predict[processes.rank::processes.count]:
         try:
             image = transform(read_image(path))[None].to(processes.device)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            status = 2
+            unread += 1
             continue
         with autocast():
             probabilities = model(image).float().softmax(dim=1)[0]
+        top = probabilities.topk(min(5, len(probabilities)))
         print(path)
-        for p, k in zip(*(t.tolist() for t in probabilities.topk(min(5, len(probabilities))))):
+        for p, k in zip(top.values.tolist(), top.indices.tolist()):
             print(f"  {100 * p:6.2f} %  {classes[k] if classes else f'class {k}'}")
-    return status
+    unread, = processes.sum([unread])  # so that nobody ends, and makes torchrun end the others, before all are done
+    return 2 if unread else 0
 
 
 def model_from_checkpoint(args):
@@ -184,13 +188,13 @@ class Run:
     """A training run of either script.
 
     OUT/last.pt holds all of its state, written after each validation, every --save-every steps and when it is told to
-    stop; OUT/best.pt the weights that validated best, and how to use them; OUT/log.jsonl a line for each validation.
+    stop; OUT/best.pt the weights that validated best, and the settings; OUT/log.jsonl a line for each validation.
 
     Attributes:
         network: the model for the loop, which averages the gradients over the processes.
         ema: the moving average of the model's weights, or None.
-        step, validated: optimizer steps taken, in all and before the last validation.
-        best, better: the best score so far; which validated better, "model" or "ema".
+        step: optimizer steps taken.    validated: what `step` was at the last validation.
+        best: the best score so far.    better: which weights had the last, "model" or "ema".
     """
 
     def __init__(self, args, processes, model, optimizer, scheduler, steps, train_data):
@@ -201,7 +205,7 @@ class Run:
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
         self.dtype, self.autocast = precision(args.amp, processes.device)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype == torch.float16)
-        self.validated, self.loss_sum, self.best, self.better, self.log = 0, 0.0, -1.0, "model", []
+        self.validated, self.loss_sum, self.lr, self.best, self.better, self.log = 0, 0.0, 0.0, -1.0, "model", []
         self.open_folder()
         self.stop = StopSignal()
         if args.compile:
@@ -223,11 +227,12 @@ class Run:
         """An iterator over the micro-batches of all steps that are left, and the loader to validate with. There is one
         iterator for the whole run, so that its workers start once and never wait for a validation."""
         batches = training_batches(range(self.step, self.steps), self.args, self.processes)
-        training = make_loader(Stream(train_data, self.args.seed), batches, self.args.workers, self.processes)
+        stream = Stream(train_data, self.args.seed)
+        training = make_loader(stream, self.args.workers, self.processes, batch_sampler=batches)
         return iter(training), evaluation_loader(val_data, val_batch, self.args, self.processes)
 
     def take_steps(self, until, batches, loss_of):
-        """Take optimizer steps until `until` of them are taken, then save: validation takes a while.
+        """Take optimizer steps until `until` of them are taken, and save, since a validation may take long.
 
         Args:
             batches: an iterator over micro-batches (inputs, targets), args.accum for each step.
@@ -237,27 +242,29 @@ class Run:
         self.network.train()
         self.began = said = time.perf_counter()
         self.rate = 0.0
+        torch.backends.cudnn.benchmark = True  # all images to train on have one size
         with tqdm(total=self.steps, initial=first, unit="step", leave=False, dynamic_ncols=True,
-                  disable=processes.without_bar) as bar:
+                  disable=processes.rank > 0 or None) as bar:  # None: where there is no terminal
             while self.step < until:
-                lr = self.scheduler.get_last_lr()[0]
+                self.lr = self.scheduler.get_last_lr()[0]
                 loss = sum(self.backward(*next(batches), loss_of, micro) for micro in range(args.accum))
-                loss, told = processes.sum([loss / processes.count, self.stop.number])
-                self.update(loss, f"at step {self.step + 1} of {self.steps}, learning rate {lr:.3g}")
+                loss, told = processes.sum([loss / processes.count, self.stop.number])  # told: one heard a signal
+                self.update(loss, f"at step {self.step + 1} of {self.steps}, learning rate {self.lr:.3g}")
                 now = time.perf_counter()
                 self.rate = (self.step - first) * args.batch_size / (now - self.began)
-                progress = f"loss {loss:.3f}, lr {lr:.2e}, {self.rate:,.1f} images/s"
+                progress = f"loss {loss:.3f}, lr {self.lr:.2e}, {self.rate:,.1f} images/s"
                 bar.update()
                 bar.set_postfix_str(progress, refresh=False)
                 if bar.disable and now - said > 60:  # not a terminal: a line a minute
                     said = now
                     processes.say(f"step {self.step} of {self.steps}: {progress}")
-                if told or args.save_every and self.step % args.save_every == 0 and self.step < until:
+                if told or (args.save_every and self.step % args.save_every == 0 and self.step < until):
                     self.save()
                 self.stop.heed(told)
         if processes.count > 1:  # BatchNorm's statistics are each process's own: all take the first one's
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
+        torch.backends.cudnn.benchmark = False
         self.save()
 
     def backward(self, inputs, targets, loss_of, micro):
@@ -274,7 +281,7 @@ class Run:
         return loss.item()
 
     def update(self, loss, where):
-        """An optimizer step; UserError if the loss, or in fp16 each gradient at any scale, is not finite."""
+        """An optimizer step. UserError if the loss is not finite, or in fp16 the gradients overflow at every scale."""
         if math.isfinite(loss):
             self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients overflow, and halves the scale
             self.scaler.update()
@@ -294,11 +301,11 @@ class Run:
     def record(self, scores, words, score, better="model"):
         """After a validation: a line for the terminal, which begins with `words`; one for the log, with the dict
         `scores`; best.pt if `score`, of the weights called `better`, is the best so far; and last.pt."""
-        loss, lr = self.loss_sum / (self.step - self.validated), self.scheduler.get_last_lr()[0]
+        loss = self.loss_sum / (self.step - self.validated)
         seconds, use = time.perf_counter() - self.began, accelerator_use(self)
-        self.processes.say(f"{words}  loss {loss:.4f}  lr {lr:.2e}  {self.rate:,.1f} images/s  {seconds:.0f} s"
+        self.processes.say(f"{words}  loss {loss:.4f}  lr {self.lr:.2e}  {self.rate:,.1f} images/s  {seconds:.0f} s"
                            + "".join(f"  {name} {value:.2f}" for name, value in use.items()))
-        self.log.append({"step": self.step, "loss": loss, "lr": lr, **scores, **use, "images_per_s": self.rate,
+        self.log.append({"step": self.step, "loss": loss, "lr": self.lr, **scores, **use, "images_per_s": self.rate,
                          "seconds": seconds})
         if self.processes.rank == 0:
             write_whole(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
@@ -308,7 +315,7 @@ class Run:
             self.save("best.pt")
         self.save()
         if self.step < self.steps:
-            self.processes.sum([], self.stop)
+            self.processes.sum([], self.stop)  # has one heard a signal?
 
     def save(self, name="last.pt"):
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
@@ -320,26 +327,29 @@ class Run:
         if name == "last.pt":
             checkpoint |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
                            "scaler": self.scaler.state_dict(), "averaged": int(self.ema.n_averaged) if self.ema else 0,
-                           "validated": self.validated, "loss_sum": self.loss_sum, "log": self.log}
-        save_checkpoint(checkpoint, self.out / name)
+                           "validated": self.validated, "loss_sum": self.loss_sum, "lr": self.lr, "log": self.log}
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        write_whole(self.out / name, data.getbuffer())
 
     def open_folder(self):
         """Make OUT and, with --resume, go on from its checkpoint. Never begin over an earlier run."""
         resume, last = file_to_resume(self.args), self.out / "last.pt"
         checkpoint = load_checkpoint(resume) if resume else {}
-        mark = random_seed(checkpoint.get("step"), checkpoint.get("settings")) % 2**40  # so that sums of it are exact
+        # A number that differs where the checkpoints differ, and whose sums are exact in float64.
+        mark = random_seed(checkpoint.get("step"), checkpoint.get("settings")) % 2**40
         if self.processes.sum([mark])[0] != mark * self.processes.count:
             raise UserError(f"the processes see different {resume or last}: --out must be a folder that all share")
         for earlier in last, self.out / "best.pt", self.out / "log.jsonl":
-            if resume != last and earlier.exists():
+            if earlier.exists() and (resume is None or resume.resolve() != last.resolve()):
                 raise UserError(f"{earlier} is there from an earlier run: --resume auto goes on from its last.pt, "
                                 f"another --out begins a new one")
         if resume:
             self.restore(checkpoint, resume)
         if self.processes.rank == 0:
             make_folder(self.out)
-            for leftover in self.out.glob("*.tmp"):  # of a run that was killed while it wrote
-                leftover.unlink()
+            for name in "last.pt", "best.pt", "log.jsonl":  # of a run that was killed while it wrote
+                (self.out / f"{name}.tmp").unlink(missing_ok=True)
 
     def restore(self, checkpoint, name):
         """Take the state from a checkpoint of the same run: other data, or another recipe, would be another run."""
@@ -354,28 +364,32 @@ class Run:
                                     f"as before, or begin a new run with --weights")
             self.model.load_state_dict(checkpoint["model"])
             if self.ema:
-                self.ema.module.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+                self.ema.module.load_state_dict(checkpoint["ema"])
                 self.ema.n_averaged.fill_(checkpoint["averaged"])
                 self.better = checkpoint["better"]
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scheduler.load_state_dict(checkpoint["scheduler"])
             if checkpoint["scaler"] and self.scaler.is_enabled():  # empty unless the run was in fp16
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            self.validated, self.loss_sum, self.log = (checkpoint[name] for name in ("validated", "loss_sum", "log"))
+            for name in "validated", "loss_sum", "lr", "log":
+                setattr(self, name, checkpoint[name])
             if (self.out / "best.pt").exists():  # or else it goes on in another folder
                 self.best = checkpoint["best"]
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"--resume {name}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
 
 
+# Options that a resumed run may change.
 MAY_CHANGE = {"data", "out", "resume", "weights", "backbone_weights", "device", "workers", "save_every", "compile",
               "checkpoint", "accum", "amp", "epochs", "iters", "warmup", "eval_every", "slide"}
 
 
 def file_to_resume(args):
     """The checkpoint that --resume names; None for a new run, as with --resume auto where there is none yet."""
+    if args.resume != "auto":
+        return Path(args.resume) if args.resume else None
     last = Path(args.out, "last.pt")
-    return (last if last.exists() else None) if args.resume == "auto" else args.resume and Path(args.resume)
+    return last if last.exists() else None
 
 
 class Stopped(Exception):
@@ -416,8 +430,9 @@ class StopSignal:
 def precision(amp, device):
     """--amp -> the type that autocast computes in, or None; and autocast, to be entered by `with autocast():`."""
     if amp == "auto":
-        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        amp = "bf16" if cuda or device.type == "xpu" else "off"
+        has_bf16 = device.type == "xpu" or (device.type == "cuda"
+                                            and torch.cuda.is_bf16_supported(including_emulation=False))
+        amp = "bf16" if has_bf16 else "off"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     return dtype, functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
 
@@ -434,19 +449,18 @@ def compile_parts(model, say):
         f"minute or two")
 
 
-# Products and sums per second in bf16 or fp16, of the data sheets.
+# FLOP/s in bf16 or fp16, from the data sheets.
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 def accelerator_use(run):
-    """The peak of an accelerator's memory in GiB, and the share of its arithmetic that the model uses (MFU), as far as
-    they are known: the products and sums of matrix products and convolutions, of which the gradients take twice what
-    the forward pass takes. For a CPU, nothing."""
+    """The peak of an accelerator's memory in GiB, and the share of its FLOP/s that the model uses (MFU), as far as they
+    are known. A training step takes three times the FLOPs of a forward pass. For a CPU, nothing."""
     module = torch.get_device_module(run.processes.device)
     if not hasattr(module, "max_memory_allocated"):
         return {}
     use = {"GiB": module.max_memory_allocated() / 2**30}
-    peak = next((flops for card, flops in PEAK.items() if card in module.get_device_name()), None)
+    peak = next((flops for card, flops in PEAK.items() if re.search(rf"\b{card}\b", module.get_device_name())), None)
     if peak and run.dtype:
         size = run.settings.get("crop_size") or run.settings["img_size"]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -461,7 +475,7 @@ def open_data(args, splits):
     """The data sets DIR/split/<class>/<images>, or the built-in ones: items (image, class), with the same `classes`."""
     if args.data is None:
         return [Shapes(split, {"train": 12_000, "val": 1_000}[split]) for split in splits]
-    try:  # every class must have images to train on
+    try:  # a class may be empty in val, not in train
         sets = [ImageFolder(Path(args.data, split), loader=read_image, allow_empty=split == "val") for split in splits]
     except OSError as error:
         raise UserError(f"--data {args.data}: expected {{train,val}}/<class>/<images> in it: {error}") from None
@@ -474,13 +488,11 @@ def open_data(args, splits):
 
 
 def read_image(path):
-    """An image file as RGB, as a viewer shows it, or a UserError with its path and the reason.
-
-    Upright as its EXIF data say; of an animation the first frame; what is transparent on white; 16 bits a channel cut
-    to 8. More than 179 million pixels, the limit of PIL, are refused before they are decoded.
-    """
+    """An image file as RGB, as a viewer shows it: upright, the first frame, what is transparent on white, 16 bits cut
+    to 8. UserError, with its path and the reason, if it cannot be read or has more pixels than PIL allows."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # of odd metadata, say
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of odd metadata, say
             if image.format == "EPS":
                 raise ValueError("PostScript is a program, which would be run")
             image.load()
@@ -516,20 +528,18 @@ def eval_transform(img_size, val_resize, mean=MEAN, std=STD):
 
 def train_transform(args):
     """The recipe's augmentation of single images; mixup and cutmix work on batches and come later."""
-    crop = [v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))] if args.crop_scale < 1 else \
-        [NotTooLong(), v2.Resize(args.val_resize), v2.CenterCrop(args.img_size)]
-    return v2.Compose([*crop, v2.RandomHorizontalFlip(args.flip),
-                       *([v2.RandAugment(*args.randaug)] if args.randaug[0] else []),
-                       v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
-                       *([v2.RandomErasing(args.erasing, value="random")] if args.erasing else [])])
+    if args.crop_scale < 1:
+        crop = v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))
+    else:
+        crop = v2.Compose([NotTooLong(), v2.Resize(args.val_resize), v2.CenterCrop(args.img_size)])
+    return v2.Compose([crop, v2.RandomHorizontalFlip(args.flip), v2.RandAugment(*args.randaug), v2.ToImage(),
+                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
+                       v2.RandomErasing(args.erasing, value="random")])
 
 
 def batch_transform(args, num_classes):
-    """Mixup and cutmix, one of the two at even odds for each step: images, labels, the step -> images, soft labels.
-
-    What is chosen depends on the seed and the step alone, and images are mixed in the pairs that `training_batches`
-    keeps together. So the number of processes and micro-batches makes no difference.
-    """
+    """Mixup and cutmix, one of the two at even odds for each step: images, labels, the step -> images, soft labels. The
+    choice depends on the seed and the step alone, and images are mixed in the pairs of `training_batches`."""
     choices = [make(alpha=alpha) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha > 0]
 
     def mix(images, labels, step):
@@ -538,8 +548,8 @@ def batch_transform(args, num_classes):
         soft = F.one_hot(labels, num_classes).float()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(random_seed(args.seed, "mix", step))
-            # torchvision mixes each image of a batch with the one before. Here the batch is two, each of many images'
-            # channels: the first half of the images, and the second.
+            # torchvision mixes each item of a batch with the one before. Here there are two items: all channels of the
+            # first half of the images, and all of the second.
             mixed, labels = v2.RandomChoice(choices)(images.reshape(2, -1, *images.shape[2:]), soft.view(2, -1))
         return mixed.view(images.shape).contiguous(memory_format=torch.channels_last), labels.view(soft.shape)
     return mix
@@ -548,8 +558,8 @@ def batch_transform(args, num_classes):
 class Stream(Dataset):
     """`data` over and over, in a new order each time: an item for every position from 0 on, without end.
 
-    The order depends on (seed, epoch), and what is random in an item on (seed, epoch, index). For the latter torch's
-    generator is seeded, and left so: to put its state back takes longer than to read and augment a small picture.
+    The order depends on (seed, epoch), and what is random in an item on (seed, epoch, index): torch's generator is
+    seeded. (Its state is not put back. That took longer than to read and augment a small picture.)
     """
 
     def __init__(self, data, seed):
@@ -566,23 +576,19 @@ class Stream(Dataset):
 
 
 def training_batches(steps, args, processes):
-    """One process's micro-batches, as lists of positions in a Stream: args.accum of them for each step in `steps`.
-
-    The images of a step are the same for any number of processes and micro-batches. Where a micro-batch has an even
-    number of them, so are the pairs of the k-th image of its first half and the k-th of its second.
-    """
+    """One process's micro-batches, as lists of positions in a Stream: args.accum of them for each step in `steps`. The
+    images of a step, and the pairs for mixup, are the same for any number of processes and micro-batches."""
     halves = 2 if args.batch_size // (args.accum * processes.count) % 2 == 0 else 1
     for step in steps:
         positions = torch.arange(step * args.batch_size, (step + 1) * args.batch_size)
-        mine = positions.view(halves, args.accum, -1, processes.count)[..., processes.rank]
+        mine = positions.view(halves, args.accum, -1, processes.count)[..., processes.rank]  # half, micro-batch, pair
         yield from mine.transpose(0, 1).flatten(1).tolist()
 
 
 def evaluation_loader(data, batch_size, args, processes):
     """One process's share of a data set: each item once, over all the processes."""
-    mine = list(range(processes.rank, len(data), processes.count))
-    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    return make_loader(data, batches, args.workers, processes)
+    mine = range(processes.rank, len(data), processes.count)
+    return make_loader(data, args.workers, processes, sampler=mine, batch_size=batch_size)
 
 
 def images_per_micro_batch(args, processes, multiple=1):
@@ -594,15 +600,15 @@ def images_per_micro_batch(args, processes, multiple=1):
     return args.batch_size // parts
 
 
-def make_loader(data, batches, workers, processes):
-    """A DataLoader over `batches`, lists of indices. Its worker processes start once."""
-    return DataLoader(data, batch_sampler=batches, num_workers=workers, worker_init_fn=start_worker,
-                      persistent_workers=workers > 0, pin_memory=processes.device.type == "cuda")
+def make_loader(data, workers, processes, **order):
+    """A DataLoader whose worker processes start once."""
+    return DataLoader(data, num_workers=workers, worker_init_fn=start_worker, persistent_workers=workers > 0,
+                      pin_memory=processes.device.type == "cuda", **order)
 
 
 def start_worker(_):
-    # Ctrl-C, or a scheduler's SIGTERM, reaches the workers too. The main process needs them until it has saved, and
-    # then ends them; should it not, they end themselves a minute later.
+    # A signal to the whole group reaches the workers too. The main process needs them until it has saved, and then ends
+    # them with a SIGTERM; should it not, they end themselves a minute later.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
@@ -622,10 +628,6 @@ class Processes:
     rank: int = 0
     count: int = 1
     device: torch.device = torch.device("cpu")
-
-    @property
-    def without_bar(self):  # as tqdm takes it: one process has a progress bar, if it has a terminal
-        return None if self.rank == 0 else True
 
     def say(self, words):
         """print, by the first process alone."""
@@ -663,7 +665,6 @@ def start_processes(device="auto"):
             if device.index >= seen or device.index != local_rank and count > 1:
                 raise RuntimeError(f"each process needs a device of its own, and torch sees {seen}")
             torch.accelerator.set_device_index(device.index)
-            torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")  # tf32
     except RuntimeError as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
@@ -671,7 +672,8 @@ def start_processes(device="auto"):
         return Processes(device=device)
     dist.init_process_group(dist.get_default_backend_for_device(device))
     if device.type == "cpu" and hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=lambda: time.sleep(GLOO_SETTLES))
+        # A workaround: before Python 3.12 a worker that is forked while a thread of gloo's holds Python's lock hangs.
+        os.register_at_fork(before=lambda: time.sleep(0.05))
     return Processes(rank, count, device)
 
 
@@ -690,14 +692,9 @@ def write_whole(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}; one written before is still there") from None
-
-
-def save_checkpoint(checkpoint, path):
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_whole(path, buffer.getbuffer())
 
 
 def make_folder(path):
@@ -712,7 +709,7 @@ def make_folder(path):
 def load_checkpoint(path):
     """What a checkpoint file holds, a dict; no code in it is run. UserError if it is none, or damaged."""
     try:
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load does not look
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load does not check
             raise ValueError(f"the check sum of {damaged} in it is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -845,8 +842,9 @@ def parse(argv, description, options, from_checkpoint):
         parser.add_argument(f"--{name}", help=text + f" ({'; built-in set: '.join(shown)})" * bool(shown), **how)
     given = vars(parser.parse_args(argv))
     if given.keys() & {"eval", "predict"}:
-        for name in given.keys() - {"eval", "predict"} - from_checkpoint.keys():
-            parser.error(f"--{name.replace('_', '-')}: does nothing with --eval or --predict")
+        act, idle = ("predict", {"data", "workers"}) if "predict" in given else ("eval", {"out"})
+        for name in given.keys() - {act} - (from_checkpoint.keys() - idle):
+            parser.error(f"--{name.replace('_', '-')}: does nothing with --{act}")
         defaults = from_checkpoint
     else:
         defaults = {name.replace("-", "_"): row[1 if "data" in given else 2] for name, row in options.items()}
@@ -894,9 +892,6 @@ def run_script(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = main()
-        if dist.is_initialized():
-            time.sleep(GLOO_SETTLES)
-            dist.destroy_process_group()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except Exception as error:
@@ -909,8 +904,7 @@ def run_script(main):
             time.sleep(3)
         print(f"error: {message}" if message else traceback.format_exc(), file=sys.stderr)
     if dist.is_initialized():
-        # The others may be in the midst of a step, waiting for this process. To leave the group in order would be to
-        # wait for them; when it has ended, torchrun ends them, or starts all of them again.
+        # To leave the group in order would be to wait for the others, for ever if they wait for this process in a step.
         sys.stdout.flush()
         sys.stderr.flush()
         end_at_once(status)
@@ -989,23 +983,17 @@ class Shapes(Dataset):
 
     classes, transform = list(SHAPES), None
 
-    def __init__(self, split, length, size=48):
-        self.split, self.length, self.size = split, length, size
+    def __init__(self, split, length, size=48, seed=0):
+        self.split, self.length, self.size, self.seed = split, length, size, seed
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
         label = index % len(self.classes)
-        generator = torch.Generator().manual_seed(random_seed(0, self.split, index))
+        generator = torch.Generator().manual_seed(random_seed(self.seed, self.split, index))
         image = v2.functional.to_pil_image(draw_scene([label], self.size, generator)[0])
-        return self.transform(image) if self.transform else image, label
-
-
-# A workaround. gloo's threads take Python's lock to let go of a tensor. A fork at that moment, for a worker that loads
-# images, makes a child that hangs (CPython before 3.12), and leaving the group at that moment hangs (PyTorch 2.6). So
-# both give gloo this time first, in seconds.
-GLOO_SETTLES = 0.05
+        return (self.transform(image) if self.transform else image), label
 
 
 def main(argv=None):

@@ -380,8 +380,8 @@ def main():
 
     if args.count:
         print(f"From u to h at T = 3,136, E = {args.hidden}, batch {args.batch}, float32: counted, not measured.\n"
-              f"Predicted is the longer of {1e6 * LAUNCH['eager']:.0f} us ({1e6 * LAUNCH['compiled']:.0f} compiled) for "
-              f"each launch, and all bytes at the data sheet's bandwidth.\n")
+              f"Predicted is the longer of {1e6 * LAUNCH['eager']:.0f} us for each launch "
+              f"({1e6 * LAUNCH['compiled']:.0f} compiled), and all bytes at the data sheet's bandwidth.\n")
         return print(count_table(count_rows(args.batch, 3136, args.hidden)))
 
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
