@@ -118,7 +118,7 @@ def segmentation_loss(outputs, masks):
 
 # From the network's output to a label map and a score -----------------------------------------------------------------
 
-@torch.compiler.set_stance("force_eager")
+@torch.compiler.set_stance("force_eager")  # --compile is for training: here images have any size
 @torch.inference_mode()
 def evaluate(model, loader, processes, autocast=contextlib.nullcontext, window=0, stop=None):
     """-> the pixels of class i that were taken for class j, (K, K), at each label map's size, exact over all processes.
@@ -227,7 +227,7 @@ def evaluate_checkpoint(args, processes):
     model, transform, settings = model_from_checkpoint(args)
     args.zero_is_ignore, args.ignore_label = settings["zero_is_ignore"], settings["ignore_label"]
     known = settings["classes"] or label_names(model.num_classes, args.zero_is_ignore)
-    data, = open_data(args, ["validation"], known)
+    [data] = open_data(args, ["validation"], known)
     common.check_classes(settings["classes"] or [None] * model.num_classes, data.classes, args.weights)
     data.transform = transform
     loader = common.evaluation_loader(data, 1, args, processes)
@@ -455,7 +455,7 @@ OPTIONS = {
     "channels": (COUNT, 512, 64, "width of the decoder"),
     "aux-channels": (COUNT, 256, 32, "width of the auxiliary head"),
     "backbone-weights": (str, None, None, "start the backbone from this checkpoint of train.py, or the authors'"),
-    "iters": (COUNT, 160_000, 2200, "optimizer steps"),
+    "iters": (COUNT, 160_000, 2400, "optimizer steps"),
     "batch-size": (COUNT, 16, 16, "images per optimizer step, over all processes"),
     "lr": (AMOUNT, 6e-5, 5e-3, "peak learning rate"),
     "weight-decay": (AMOUNT, 0.01, 0.01, "on all parameters but the norms'"),
@@ -464,7 +464,7 @@ OPTIONS = {
     "scale": ((SCALE, SCALE), [0.5, 2.0], [1.0, 1.0], "for training, short-side times a number between these"),
     "crop-size": (PIXELS, 512, 64, "side of the squares to train on, a multiple of 32 at best"),
     "distort": (STRENGTH, 1.0, 0.0, "strength of the changes of brightness, contrast, saturation and hue"),
-    "eval-every": (COUNT, 4000, 550, "steps between validations"),
+    "eval-every": (COUNT, 4000, 600, "steps between validations"),
     "slide": (bool, False, False, "validate and predict with overlapping windows of crop-size, not the whole image"),
 } | common.SHARED
 FROM_CHECKPOINT = common.FROM_CHECKPOINT | {

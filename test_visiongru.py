@@ -948,7 +948,8 @@ def test_nothing_is_begun_over_an_earlier_run_or_what_is_left_of_one(finished, p
         assert (out / name).read_text() == "dear" and len(list(out.iterdir())) == 1
 
 
-def test_resuming_with_another_recipe_or_other_data_is_refused(finished, pictures, tmp_path):
+def test_resuming_with_another_recipe_or_other_data_is_refused(finished, pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(train.MODELS, "tiny", visiongru_nano)  # which is made sooner
     def folder(name, *classes):
         return picture_folder(tmp_path / name, {label: 9 for label in classes}, {label: 1 for label in classes})
     recipe = ("--drop-path", 0.2, "--resume", "auto")
@@ -2328,8 +2329,7 @@ def test_any_command_line_ends_with_0_or_2_and_never_a_traceback(name, count, fi
 
 
 @pytest.mark.parametrize("name, words, status", [
-    ("train.py", ["--help"], 0), ("segment.py", ["--help"], 0), ("train.py", ["--seed", "-1"], 2),
-    ("segment.py", ["--predict", "absent.png", "--weights", "absent.pt"], 2)])
+    ("train.py", ["--help"], 0), ("segment.py", ["--predict", "absent.png", "--weights", "absent.pt"], 2)])
 def test_the_scripts_own_processes_end_so_too(name, words, status):
     process = script(*words, name=name)
     _, err = process.communicate(timeout=100)

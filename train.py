@@ -63,13 +63,14 @@ def train(args, processes):
     classes = train_data.classes
     epoch_steps = max(1, len(train_data) // args.batch_size)
     steps = args.epochs * epoch_steps
-    micro_batch = images_per_micro_batch(args, processes, multiple=2 if args.mixup or args.cutmix else 1)
+    pairs = bool(args.mixup or args.cutmix)  # which are mixed within a micro-batch
+    micro_batch = images_per_micro_batch(args, processes, multiple=2 if pairs else 1)
     mix = batch_transform(args, len(classes))
 
     # Model, optimizer, learning rate
     torch.manual_seed(args.seed)
     model = MODELS[args.model](num_classes=len(classes), drop_path=args.drop_path, checkpoint=args.checkpoint)
-    if args.weights and not file_to_resume(args):
+    if args.weights and not file_to_resume(args):  # a resumed run has weights of its own
         fill_model(model, args.weights, processes.say)
     model.to(processes.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True,
@@ -95,9 +96,9 @@ def train(args, processes):
         if run.ema:
             scores["ema"] = evaluate(run.ema.module, val_loader, processes, run.autocast, run.stop)
         better = max(scores, key=lambda name: scores[name]["top1"])
-        run.record({"epoch": epoch, **scores["model"], **{f"ema_{k}": v for k, v in scores.get("ema", {}).items()}},
-                   f"epoch {epoch:3d}/{args.epochs}  " + "  ".join(
-                       f"{name}: top-1 {s['top1']:.2f} top-5 {s['top5']:.2f}" for name, s in scores.items()),
+        words = "  ".join(f"{name}: top-1 {s['top1']:.2f} top-5 {s['top5']:.2f}" for name, s in scores.items())
+        of_average = {f"ema_{key}": value for key, value in scores.get("ema", {}).items()}
+        run.record({"epoch": epoch, **scores["model"], **of_average}, f"epoch {epoch:3d}/{args.epochs}  {words}",
                    scores[better]["top1"], better)
     processes.say(f"done: {run.out / 'best.pt'} has top-1 {run.best:.2f} %. To evaluate it:\n  python train.py --eval "
                   f"--weights {run.out / 'best.pt'}" + (f" --data {args.data}" if args.data else ""))
@@ -110,7 +111,7 @@ def warmup_cosine(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-@torch.compiler.set_stance("force_eager")
+@torch.compiler.set_stance("force_eager")  # --compile is for training: here images may have any size
 @torch.inference_mode()
 def evaluate(model, loader, processes, autocast=contextlib.nullcontext, stop=None):
     """-> the mean loss, and top-1 and top-5 accuracy in percent (100 for fewer than five classes), exact over all
@@ -119,7 +120,7 @@ def evaluate(model, loader, processes, autocast=contextlib.nullcontext, stop=Non
     loss = top1 = top5 = count = 0
     for images, labels in loader:
         if stop and stop.number:
-            break
+            break  # processes.sum ends it in all of them
         images = images.to(processes.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(processes.device, non_blocking=True)
         with autocast():
@@ -127,14 +128,16 @@ def evaluate(model, loader, processes, autocast=contextlib.nullcontext, stop=Non
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        top1, top5, count = top1 + hits[:, 0].sum().item(), top5 + hits.sum().item(), count + len(labels)
+        top1 += hits[:, 0].sum().item()
+        top5 += hits.sum().item()
+        count += len(labels)
     loss, top1, top5, count = processes.sum([loss, top1, top5, count], stop)
     return {"val_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
 def evaluate_checkpoint(args, processes):
     model, transform, classes = model_from_checkpoint(args)
-    data, = open_data(args, ["val"])
+    [data] = open_data(args, ["val"])
     check_classes(classes or [None] * model.num_classes, data.classes, args.weights)
     data.transform = transform
     loader = evaluation_loader(data, max(1, args.batch_size // processes.count), args, processes)
@@ -474,7 +477,7 @@ def accelerator_use(run):
 def open_data(args, splits):
     """The data sets DIR/split/<class>/<images>, or the built-in ones: items (image, class), with the same `classes`."""
     if args.data is None:
-        return [Shapes(split, {"train": 12_000, "val": 1_000}[split]) for split in splits]
+        return [Shapes(split, {"train": 14_000, "val": 1_000}[split]) for split in splits]
     try:  # a class may be empty in val, not in train
         sets = [ImageFolder(Path(args.data, split), loader=read_image, allow_empty=split == "val") for split in splits]
     except OSError as error:
