@@ -78,7 +78,7 @@ def train(args, processes):
 
     while run.validated < args.iters:
         run.take_steps(min((run.validated // args.eval_every + 1) * args.eval_every, args.iters), batches, loss_of)
-        result = scores(evaluate(model, val_loader, processes, run.autocast, args.crop_size * args.slide, run.stop),
+        result = scores(evaluate(model, val_loader, processes, run.autocast, args.crop_size * args.slide),
                         classes)
         # Labels that count from 0 never reach the last number.
         if run.validated == 0 and args.zero_is_ignore and result["acc"][classes[-1]] is None:
@@ -120,14 +120,14 @@ def segmentation_loss(outputs, masks):
 
 @torch.compiler.set_stance("force_eager")  # --compile is for training: here images have any size
 @torch.inference_mode()
-def evaluate(model, loader, processes, autocast=contextlib.nullcontext, window=0, stop=None):
+def evaluate(model, loader, processes, autocast=contextlib.nullcontext, window=0):
     """-> the pixels of class i that were taken for class j, (K, K), at each label map's size, exact over all processes.
-    Raises Stopped if the StopSignal `stop` comes first."""
+    Raises Stopped if one of them is told to stop."""
     model.eval()
     K = model.num_classes
     confusion = torch.zeros(K * K, dtype=torch.int64, device=processes.device)
     for image, mask in loader:
-        if stop and stop.number:
+        if processes.heard:
             break
         image = image.to(processes.device, memory_format=torch.channels_last, non_blocking=True)
         mask = mask[0].to(processes.device, non_blocking=True).long()
@@ -135,7 +135,8 @@ def evaluate(model, loader, processes, autocast=contextlib.nullcontext, window=0
             predicted = label_map(class_logits(model, image, window), mask.shape)
         known = mask != IGNORE
         confusion += torch.bincount(mask[known] * K + predicted[known], minlength=K * K)
-    confusion = torch.tensor(processes.sum(confusion.tolist(), stop), dtype=torch.float64).view(K, K)
+    confusion = torch.tensor(processes.sum(confusion.tolist()), dtype=torch.float64).view(K, K)
+    processes.stop_if_told()
     if confusion.sum() == 0:
         raise UserError("the validation set has no pixel with a label that is not ignored; there is nothing to score")
     return confusion

@@ -1724,7 +1724,7 @@ def test_an_error_that_all_processes_meet_is_told_once(tmp_path):
 
 def test_processes_that_read_different_checkpoints_are_told(finished, pictures):
     class Two(train.Processes):
-        def sum(self, numbers, stop=None):  # of this process and of another, which is one step on
+        def sum(self, numbers):  # of this process and of another, which is one step on
             return [2 * number + 1 for number in numbers]
     args = train.parse_arguments(arguments(pictures, finished, "--drop-path", 0.2, "--resume", "auto"))
     with pytest.raises(train.UserError, match="see different .*last.pt: --out must be a folder that all share"):

@@ -92,9 +92,9 @@ def train(args, processes):
     while run.validated < steps:
         epoch = run.validated // epoch_steps + 1
         run.take_steps(epoch * epoch_steps, batches, loss_of)
-        scores = {"model": evaluate(model, val_loader, processes, run.autocast, run.stop)}
+        scores = {"model": evaluate(model, val_loader, processes, run.autocast)}
         if run.ema:
-            scores["ema"] = evaluate(run.ema.module, val_loader, processes, run.autocast, run.stop)
+            scores["ema"] = evaluate(run.ema.module, val_loader, processes, run.autocast)
         better = max(scores, key=lambda name: scores[name]["top1"])
         words = "  ".join(f"{name}: top-1 {s['top1']:.2f} top-5 {s['top5']:.2f}" for name, s in scores.items())
         of_average = {f"ema_{key}": value for key, value in scores.get("ema", {}).items()}
@@ -113,14 +113,14 @@ def warmup_cosine(step, steps, warmup):
 
 @torch.compiler.set_stance("force_eager")  # --compile is for training: here images may have any size
 @torch.inference_mode()
-def evaluate(model, loader, processes, autocast=contextlib.nullcontext, stop=None):
+def evaluate(model, loader, processes, autocast=contextlib.nullcontext):
     """-> the mean loss, and top-1 and top-5 accuracy in percent (100 for fewer than five classes), exact over all
-    processes. Raises Stopped if the StopSignal `stop` comes first."""
+    processes. Raises Stopped if one of them is told to stop."""
     model.eval()
     loss = top1 = top5 = count = 0
     for images, labels in loader:
-        if stop and stop.number:
-            break  # processes.sum ends it in all of them
+        if processes.heard:
+            break
         images = images.to(processes.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(processes.device, non_blocking=True)
         with autocast():
@@ -131,7 +131,8 @@ def evaluate(model, loader, processes, autocast=contextlib.nullcontext, stop=Non
         top1 += hits[:, 0].sum().item()
         top5 += hits.sum().item()
         count += len(labels)
-    loss, top1, top5, count = processes.sum([loss, top1, top5, count], stop)
+    loss, top1, top5, count = processes.sum([loss, top1, top5, count])
+    processes.stop_if_told()
     return {"val_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
@@ -167,7 +168,7 @@ def predict(args, processes):
         print(path)
         for p, k in zip(top.values.tolist(), top.indices.tolist()):
             print(f"  {100 * p:6.2f} %  {classes[k] if classes else f'class {k}'}")
-    unread, = processes.sum([unread])  # so that nobody ends, and makes torchrun end the others, before all are done
+    [unread] = processes.sum([unread])  # so that nobody ends, and makes torchrun end the others, before all are done
     return 2 if unread else 0
 
 
@@ -210,7 +211,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype == torch.float16)
         self.validated, self.loss_sum, self.lr, self.best, self.better, self.log = 0, 0.0, 0.0, -1.0, "model", []
         self.open_folder()
-        self.stop = StopSignal()
+        hear_signals(processes)
         if args.compile:
             compile_parts(model, processes.say)
         self.network = model
@@ -251,7 +252,7 @@ class Run:
             while self.step < until:
                 self.lr = self.scheduler.get_last_lr()[0]
                 loss = sum(self.backward(*next(batches), loss_of, micro) for micro in range(args.accum))
-                loss, told = processes.sum([loss / processes.count, self.stop.number])  # told: one heard a signal
+                [loss] = processes.sum([loss / processes.count])
                 self.update(loss, f"at step {self.step + 1} of {self.steps}, learning rate {self.lr:.3g}")
                 now = time.perf_counter()
                 self.rate = (self.step - first) * args.batch_size / (now - self.began)
@@ -261,9 +262,9 @@ class Run:
                 if bar.disable and now - said > 60:  # not a terminal: a line a minute
                     said = now
                     processes.say(f"step {self.step} of {self.steps}: {progress}")
-                if told or (args.save_every and self.step % args.save_every == 0 and self.step < until):
+                if processes.told or (args.save_every and self.step % args.save_every == 0 and self.step < until):
                     self.save()
-                self.stop.heed(told)
+                processes.stop_if_told()
         if processes.count > 1:  # BatchNorm's statistics are each process's own: all take the first one's
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
@@ -318,7 +319,8 @@ class Run:
             self.save("best.pt")
         self.save()
         if self.step < self.steps:
-            self.processes.sum([], self.stop)  # has one heard a signal?
+            self.processes.sum([])  # has one of them heard a signal?
+            self.processes.stop_if_told()
 
     def save(self, name="last.pt"):
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
@@ -404,30 +406,22 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
     STOP_SIGNALS.append(signal.SIGHUP)
 
 
-class StopSignal:
-    """Hears Ctrl-C, SIGTERM and a closed terminal. The loop finishes its step, saves and leaves; a second signal ends
-    it at once. `number` is the first signal's, or 0."""
-
-    def __init__(self):
-        self.number, self.since = 0, 0.0
-        for number in STOP_SIGNALS:
-            signal.signal(number, self)
-
-    def __call__(self, number, frame):
+def hear_signals(processes):
+    """Hear Ctrl-C, SIGTERM and a closed terminal. After a first signal the loop finishes its step, saves and leaves. A
+    second one ends the process at once."""
+    def handler(number, frame):
         # The same signal may come twice: torchrun passes on what the terminal has sent to its processes too, and
         # `timeout` sends it to the process and then to its group.
         soon = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.1
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-            if os.environ.get("RANK", "0") == "0":
+        if not processes.heard:
+            processes.heard, processes.heard_at = number, time.monotonic()
+            if processes.rank == 0:
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     os.write(2, b"\nstopping after this step; once more stops at once\n")  # print is not for handlers
-        elif time.monotonic() - self.since > soon:
+        elif time.monotonic() - processes.heard_at > soon:
             end_at_once(128 + number)
-
-    def heed(self, told):
-        if told:
-            raise Stopped(self.number or signal.SIGTERM)
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
 
 
 def precision(amp, device):
@@ -631,6 +625,8 @@ class Processes:
     rank: int = 0
     count: int = 1
     device: torch.device = torch.device("cpu")
+    heard: int = 0      # the number of the first signal to stop that this process has heard
+    told: bool = False  # whether one of the processes had heard one at their last `sum`
 
     def say(self, words):
         """print, by the first process alone."""
@@ -640,17 +636,20 @@ class Processes:
         except OSError:  # the terminal, or the program that reads this, is gone: the run goes on without
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def sum(self, numbers, stop=None):
-        """The sum over all processes of a list of numbers, as a list of floats. Raises Stopped if, in one of them, the
-        StopSignal `stop` has been told to."""
-        numbers = [*map(float, numbers), float(stop.number if stop else 0)]
+    def sum(self, numbers):
+        """The sum over all processes of a list of numbers, as a list of floats. It also finds whether one was told to
+        stop, so that all leave in the same place."""
+        *numbers, told = map(float, [*numbers, self.heard])
         if self.count > 1:
-            total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+            total = torch.tensor([*numbers, told], dtype=torch.float64, device=self.device)
             dist.all_reduce(total)
-            numbers = total.tolist()
-        if stop:
-            stop.heed(numbers[-1])
-        return numbers[:-1]
+            *numbers, told = total.tolist()
+        self.told = told > 0
+        return numbers
+
+    def stop_if_told(self):
+        if self.told:
+            raise Stopped(self.heard or signal.SIGTERM)
 
 
 def start_processes(device="auto"):
