@@ -376,8 +376,8 @@ class Run:
             self.scheduler.load_state_dict(checkpoint["scheduler"])
             if checkpoint["scaler"] and self.scaler.is_enabled():  # empty unless the run was in fp16
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            for name in "validated", "loss_sum", "lr", "log":
-                setattr(self, name, checkpoint[name])
+            for field in "validated", "loss_sum", "lr", "log":
+                setattr(self, field, checkpoint[field])
             if (self.out / "best.pt").exists():  # or else it goes on in another folder
                 self.best = checkpoint["best"]
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
