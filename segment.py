@@ -55,9 +55,9 @@ def train(args, processes):
     torch.manual_seed(args.seed)
     backbone = MODELS[args.model](drop_path=args.drop_path, checkpoint=args.checkpoint)
     model = visiongru.UPerNet(backbone, len(classes), args.channels, args.aux_channels)
-    for part, weights in (model, args.weights), (model.backbone, args.backbone_weights):
-        if weights and not common.file_to_resume(args):
-            common.fill_model(part, weights, processes.say)
+    for part, path in (model, args.weights), (model.backbone, args.backbone_weights):
+        if path and not common.file_to_resume(args):
+            common.fill_model(part, common.load_checkpoint(path), path, processes.say)
     model.to(device, memory_format=torch.channels_last)
     if sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -220,7 +220,7 @@ def model_from_checkpoint(args):
     except KeyError as error:
         raise UserError(f"{args.weights} has no {error.args[0]}; expected a checkpoint of segment.py") from None
     model = visiongru.UPerNet(MODELS[settings["model"]](), *(shape[0] for shape in shapes))
-    common.fill_model(model, args.weights)
+    common.fill_model(model, weights, args.weights)
     return model.eval(), eval_transform(settings["short_side"], settings["mean"], settings["std"]), settings
 
 
@@ -233,7 +233,7 @@ def evaluate_checkpoint(args, processes):
     data.transform = transform
     loader = common.evaluation_loader(data, 1, args, processes)
     loader = tqdm(loader, unit="image", leave=False, disable=processes.rank > 0 or None)
-    model.to(processes.device)
+    model.to(processes.device, memory_format=torch.channels_last)
     confusion = evaluate(model, loader, processes, common.precision(args.amp, processes.device)[1],
                          settings["crop_size"] * args.slide)
     result = scores(confusion, data.classes)
@@ -245,7 +245,7 @@ def predict(args, processes):
     """For each picture OUT/NAME_labels.png, a label map in the numbers of the training masks, and OUT/NAME_overlay.png.
     A picture that cannot be read is reported, and the others done all the same."""
     model, transform, settings = model_from_checkpoint(args)
-    model.to(processes.device)
+    model.to(processes.device, memory_format=torch.channels_last)
     first, out, unread = int(settings["zero_is_ignore"]), Path(args.out), 0
     names = dict(enumerate(settings["classes"] or label_names(model.num_classes, first), start=first))
     stems = {}

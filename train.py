@@ -71,7 +71,7 @@ def train(args, processes):
     torch.manual_seed(args.seed)
     model = MODELS[args.model](num_classes=len(classes), drop_path=args.drop_path, checkpoint=args.checkpoint)
     if args.weights and not file_to_resume(args):  # a resumed run has weights of its own
-        fill_model(model, args.weights, processes.say)
+        fill_model(model, load_checkpoint(args.weights), args.weights, processes.say)
     model.to(processes.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True,
                                   weight_decay=args.weight_decay)
@@ -143,7 +143,8 @@ def evaluate_checkpoint(args, processes):
     data.transform = transform
     loader = evaluation_loader(data, max(1, args.batch_size // processes.count), args, processes)
     loader = tqdm(loader, unit="batch", leave=False, disable=processes.rank > 0 or None)
-    scores = evaluate(model.to(processes.device), loader, processes, precision(args.amp, processes.device)[1])
+    model.to(processes.device, memory_format=torch.channels_last)
+    scores = evaluate(model, loader, processes, precision(args.amp, processes.device)[1])
     processes.say(f"{args.weights}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, loss "
                   f"{scores['val_loss']:.4f} ({len(data):,} images)")
 
@@ -152,7 +153,7 @@ def evaluate_checkpoint(args, processes):
 def predict(args, processes):
     """Print the top-5 classes of images. One that cannot be read is reported, and the others done all the same."""
     model, transform, classes = model_from_checkpoint(args)
-    model.to(processes.device).eval()
+    model.to(processes.device, memory_format=torch.channels_last).eval()
     _, autocast = precision(args.amp, processes.device)
     unread = 0
     for path in args.predict[processes.rank::processes.count]:
@@ -179,7 +180,7 @@ def model_from_checkpoint(args):
     if "head.weight" not in weights:
         raise UserError(f"{args.weights} has no classifier")
     model = MODELS[settings["model"]](num_classes=len(weights["head.weight"]))
-    fill_model(model, args.weights)
+    fill_model(model, weights, args.weights)
     img_size = args.img_size or settings["img_size"]  # one asked for, or the one it was trained at
     val_resize = args.val_resize or round(img_size * settings["val_resize"] / settings["img_size"])
     transform = eval_transform(img_size, val_resize, settings["mean"], settings["std"])
@@ -488,23 +489,24 @@ def read_image(path):
     """An image file as RGB, as a viewer shows it: upright, the first frame, what is transparent on white, 16 bits cut
     to 8. UserError, with its path and the reason, if it cannot be read or has more pixels than PIL allows."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # of odd metadata, say
-            if image.format == "EPS":
-                raise ValueError("PostScript is a program, which would be run")
-            image.load()
-            kind = image.format
-            with contextlib.suppress(Exception):  # damaged EXIF data: the picture is as good as before
-                image = ImageOps.exif_transpose(image)
-            # PIL opens some files of 16-bit grey as 32-bit "I", and its own conversion turns all but the darkest white.
-            if image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM"):
-                return image.convert("I").point(lambda value: value / 256).convert("RGB")
-            if image.mode[0] in "IF":
-                raise ValueError(f"its pixels are 32-bit numbers (PIL's mode {image.mode}); expected 8 or 16 bits")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images below the limit, and of odd metadata
+            with Image.open(path) as image:
+                if image.format == "EPS":
+                    raise ValueError("PostScript is a program, which would be run")
+                image.load()
+                kind = image.format
+                with contextlib.suppress(Exception):  # damaged EXIF data: the picture is as good as before
+                    image = ImageOps.exif_transpose(image)
+                # PIL opens some files of 16-bit grey as 32-bit "I", and its conversion turns all but the darkest white.
+                if image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM"):
+                    return image.convert("I").point(lambda value: value / 256).convert("RGB")
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its pixels are 32-bit numbers (PIL's mode {image.mode}); expected 8 or 16 bits")
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return image.convert("RGB")
     except Exception as error:
         raise UserError(f"cannot read the image {path}: {error}") from None
 
@@ -538,16 +540,17 @@ def batch_transform(args, num_classes):
     """Mixup and cutmix, one of the two at even odds for each step: images, labels, the step -> images, soft labels. The
     choice depends on the seed and the step alone, and images are mixed in the pairs of `training_batches`."""
     choices = [make(alpha=alpha) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha > 0]
+    choice = v2.RandomChoice(choices) if choices else None
 
     def mix(images, labels, step):
-        if not choices:
+        if choice is None:
             return images, labels
         soft = F.one_hot(labels, num_classes).float()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(random_seed(args.seed, "mix", step))
             # torchvision mixes each item of a batch with the one before. Here there are two items: all channels of the
             # first half of the images, and all of the second.
-            mixed, labels = v2.RandomChoice(choices)(images.reshape(2, -1, *images.shape[2:]), soft.view(2, -1))
+            mixed, labels = choice(images.reshape(2, -1, *images.shape[2:]), soft.view(2, -1))
         return mixed.view(images.shape).contiguous(memory_format=torch.channels_last), labels.view(soft.shape)
     return mix
 
@@ -737,12 +740,12 @@ def open_checkpoint(args, defaults):
         raise UserError(str(error)) from None
 
 
-def fill_model(model, path, say=print):
-    """visiongru.load_weights from a checkpoint file: what it warns of is said, its error is a UserError."""
+def fill_model(model, weights, path, say=print):
+    """visiongru.load_weights with what was read from `path`: what it warns of is said, its error is a UserError."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            visiongru.load_weights(model, load_checkpoint(path))
+            visiongru.load_weights(model, weights)
         except ValueError as error:
             message = str(error).replace("load_weights(model.backbone, ...)", "--backbone-weights")
             raise UserError(message.replace("the state dict", str(path))) from None
