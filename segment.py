@@ -207,35 +207,30 @@ def summary(result):
 # The checkpoint --weights ---------------------------------------------------------------------------------------------
 
 def model_from_checkpoint(args):
-    """The checkpoint --weights: its model, its transform, and its settings, in which what was asked for comes first. In
-    a bare state dict the classes are None."""
-    weights, settings = common.open_checkpoint(args, {
-        "model": args.model, "short_side": 512, "crop_size": 512, "mean": MEAN, "std": STD, "classes": None,
-        "zero_is_ignore": True, "ignore_label": IGNORE})
-    settings |= {name: value for name, value in vars(args).items() if name in settings and value is not None
-                 and name != "model"}
+    """The model of the checkpoint --weights, and its preprocessing. The rest of its settings come into `args`; for a
+    bare state dict args.classes is None."""
+    weights = common.open_checkpoint(args, short_side=512, crop_size=512, mean=MEAN, std=STD, classes=None,
+                                     zero_is_ignore=True, ignore_label=IGNORE)
     try:
         shapes = [weights[f"{name}.weight"].shape for name in
                   ("decode_head.conv_seg", "decode_head.bottleneck.0", "auxiliary_head.convs.0.0")]
     except KeyError as error:
         raise UserError(f"{args.weights} has no {error.args[0]}; expected a checkpoint of segment.py") from None
-    model = visiongru.UPerNet(MODELS[settings["model"]](), *(shape[0] for shape in shapes))
+    model = visiongru.UPerNet(MODELS[args.model](), *(shape[0] for shape in shapes))
     common.fill_model(model, weights, args.weights)
-    return model.eval(), eval_transform(settings["short_side"], settings["mean"], settings["std"]), settings
+    return model.eval(), eval_transform(args.short_side, args.mean, args.std)
 
 
 def evaluate_checkpoint(args, processes):
-    model, transform, settings = model_from_checkpoint(args)
-    args.zero_is_ignore, args.ignore_label = settings["zero_is_ignore"], settings["ignore_label"]
-    known = settings["classes"] or label_names(model.num_classes, args.zero_is_ignore)
-    [data] = open_data(args, ["validation"], known)
-    common.check_classes(settings["classes"] or [None] * model.num_classes, data.classes, args.weights)
+    model, transform = model_from_checkpoint(args)
+    [data] = open_data(args, ["validation"], args.classes or label_names(model.num_classes, args.zero_is_ignore))
+    common.check_classes(args.classes or [None] * model.num_classes, data.classes, args.weights)
     data.transform = transform
     loader = common.evaluation_loader(data, 1, args, processes)
     loader = tqdm(loader, unit="image", leave=False, disable=processes.rank > 0 or None)
     model.to(processes.device, memory_format=torch.channels_last)
     confusion = evaluate(model, loader, processes, common.precision(args.amp, processes.device)[1],
-                         settings["crop_size"] * args.slide)
+                         args.crop_size * args.slide)
     result = scores(confusion, data.classes)
     processes.say(f"{score_table(result)}\n{args.weights}: {summary(result)} ({len(data):,} images)")
 
@@ -244,10 +239,10 @@ def evaluate_checkpoint(args, processes):
 def predict(args, processes):
     """For each picture OUT/NAME_labels.png, a label map in the numbers of the training masks, and OUT/NAME_overlay.png.
     A picture that cannot be read is reported, and the others done all the same."""
-    model, transform, settings = model_from_checkpoint(args)
+    model, transform = model_from_checkpoint(args)
     model.to(processes.device, memory_format=torch.channels_last)
-    first, out, unread = int(settings["zero_is_ignore"]), Path(args.out), 0
-    names = dict(enumerate(settings["classes"] or label_names(model.num_classes, first), start=first))
+    first, out, unread = int(args.zero_is_ignore), Path(args.out), 0
+    names = dict(enumerate(args.classes or label_names(model.num_classes, first), start=first))
     stems = {}
     for path in args.predict:
         if stems.setdefault(Path(path).stem, path) != path:
@@ -263,8 +258,7 @@ def predict(args, processes):
             unread += 1
             continue
         with autocast():
-            pixels = transform(image)[None].to(processes.device)
-            logits = class_logits(model, pixels, settings["crop_size"] * args.slide)
+            logits = class_logits(model, transform(image)[None].to(processes.device), args.crop_size * args.slide)
         labels = label_map(logits, (image.height, image.width)) + first
         labels = v2.functional.to_pil_image(labels.to("cpu", torch.uint8)).convert("P")
         labels.putpalette(palette(first))

@@ -2123,7 +2123,7 @@ def test_a_checkpoint_is_used_or_refused_with_its_path_and_the_reason(kind, fini
     make, reasons = CHECKPOINTS[kind]
     content = train.load_checkpoint(finished / "last.pt")
     Path("bad.pt").write_bytes(make((finished / "last.pt").read_bytes(), content))
-    model = () if kind == "no settings" else ("--model", "nano")
+    model = ("--model", "nano") if kind == "weights alone" else ()
     uses = (arguments(pictures, "resumed", "--drop-path", 0.2, "--resume", "bad.pt"),
             arguments(pictures, "begun", "--weights", "bad.pt", "--lr", 0, "--epochs", 1),
             ["--predict", str(pictures / "val/ant/0.png"), "--weights", "bad.pt", *model, "--device", "cpu"])

@@ -137,9 +137,9 @@ def evaluate(model, loader, processes, autocast=contextlib.nullcontext):
 
 
 def evaluate_checkpoint(args, processes):
-    model, transform, classes = model_from_checkpoint(args)
+    model, transform = model_from_checkpoint(args)
     [data] = open_data(args, ["val"])
-    check_classes(classes or [None] * model.num_classes, data.classes, args.weights)
+    check_classes(args.classes or [None] * model.num_classes, data.classes, args.weights)
     data.transform = transform
     loader = evaluation_loader(data, max(1, args.batch_size // processes.count), args, processes)
     loader = tqdm(loader, unit="batch", leave=False, disable=processes.rank > 0 or None)
@@ -152,7 +152,7 @@ def evaluate_checkpoint(args, processes):
 @torch.inference_mode()
 def predict(args, processes):
     """Print the top-5 classes of images. One that cannot be read is reported, and the others done all the same."""
-    model, transform, classes = model_from_checkpoint(args)
+    model, transform = model_from_checkpoint(args)
     model.to(processes.device, memory_format=torch.channels_last).eval()
     _, autocast = precision(args.amp, processes.device)
     unread = 0
@@ -168,23 +168,20 @@ def predict(args, processes):
         top = probabilities.topk(min(5, len(probabilities)))
         print(path)
         for p, k in zip(top.values.tolist(), top.indices.tolist()):
-            print(f"  {100 * p:6.2f} %  {classes[k] if classes else f'class {k}'}")
+            print(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}")
     [unread] = processes.sum([unread])  # so that nobody ends, and makes torchrun end the others, before all are done
     return 2 if unread else 0
 
 
 def model_from_checkpoint(args):
-    """The checkpoint --weights: its model, preprocessing, and class names (None in a bare state dict)."""
-    weights, settings = open_checkpoint(args, {
-        "model": args.model, "img_size": 224, "val_resize": 256, "mean": MEAN, "std": STD, "classes": None})
+    """The model of the checkpoint --weights, and its preprocessing. The names of its classes come into args.classes
+    (None for a bare state dict)."""
+    weights = open_checkpoint(args, img_size=224, val_resize=256, mean=MEAN, std=STD, classes=None)
     if "head.weight" not in weights:
         raise UserError(f"{args.weights} has no classifier")
-    model = MODELS[settings["model"]](num_classes=len(weights["head.weight"]))
+    model = MODELS[args.model](num_classes=len(weights["head.weight"]))
     fill_model(model, weights, args.weights)
-    img_size = args.img_size or settings["img_size"]  # one asked for, or the one it was trained at
-    val_resize = args.val_resize or round(img_size * settings["val_resize"] / settings["img_size"])
-    transform = eval_transform(img_size, val_resize, settings["mean"], settings["std"])
-    return model, transform, settings["classes"]
+    return model, eval_transform(args.img_size, args.val_resize, args.mean, args.std)
 
 
 # A run: how it steps, saves, stops and goes on -----------------------------------------------------------------------
@@ -200,7 +197,10 @@ class Run:
         ema: the moving average of the model's weights, or None.
         step: optimizer steps taken.    validated: what `step` was at the last validation.
         best: the best score so far.    better: which weights had the last, "model" or "ema".
+        parts: what has a state_dict, by its key in a checkpoint; NUMBERS are the attributes that stand beside it.
     """
+
+    NUMBERS = "validated", "loss_sum", "lr", "best", "better", "log"
 
     def __init__(self, args, processes, model, optimizer, scheduler, steps, train_data):
         self.args, self.processes, self.out = args, processes, Path(args.out)
@@ -210,6 +210,8 @@ class Run:
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
         self.dtype, self.autocast = precision(args.amp, processes.device)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype == torch.float16)
+        self.parts = {"model": model, "ema": self.ema, "optimizer": optimizer, "scheduler": scheduler,
+                      "scaler": self.scaler}
         self.validated, self.loss_sum, self.lr, self.best, self.better, self.log = 0, 0.0, 0.0, -1.0, "model", []
         self.open_folder()
         hear_signals(processes)
@@ -328,12 +330,10 @@ class Run:
             self.give_up(f"the weights are no longer finite after step {self.step}")
         if self.processes.rank > 0:
             return
-        checkpoint = {"model": self.model.state_dict(), "ema": self.ema and self.ema.module.state_dict(),
-                      "better": self.better, "best": self.best, "step": self.step, "settings": self.settings}
-        if name == "last.pt":
-            checkpoint |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-                           "scaler": self.scaler.state_dict(), "averaged": int(self.ema.n_averaged) if self.ema else 0,
-                           "validated": self.validated, "loss_sum": self.loss_sum, "lr": self.lr, "log": self.log}
+        checkpoint = {key: part.state_dict() if part else None for key, part in self.parts.items()}
+        checkpoint |= {key: getattr(self, key) for key in (*self.NUMBERS, "step", "settings")}
+        if name == "best.pt":
+            checkpoint = {key: checkpoint[key] for key in ("model", "ema", "better", "best", "step", "settings")}
         data = io.BytesIO()
         torch.save(checkpoint, data)
         write_whole(self.out / name, data.getbuffer())
@@ -368,19 +368,13 @@ class Run:
                 if now != before and option not in MAY_CHANGE:
                     raise UserError(f"--resume {name}: {option.replace('_', '-')} was {before} and is now {now}; go on "
                                     f"as before, or begin a new run with --weights")
-            self.model.load_state_dict(checkpoint["model"])
-            if self.ema:
-                self.ema.module.load_state_dict(checkpoint["ema"])
-                self.ema.n_averaged.fill_(checkpoint["averaged"])
-                self.better = checkpoint["better"]
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scheduler.load_state_dict(checkpoint["scheduler"])
-            if checkpoint["scaler"] and self.scaler.is_enabled():  # empty unless the run was in fp16
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            for field in "validated", "loss_sum", "lr", "log":
-                setattr(self, field, checkpoint[field])
-            if (self.out / "best.pt").exists():  # or else it goes on in another folder
-                self.best = checkpoint["best"]
+            for key, part in self.parts.items():
+                if checkpoint[key]:  # without --ema there is no average, and without fp16 no scale
+                    part.load_state_dict(checkpoint[key])
+            for key in self.NUMBERS:
+                setattr(self, key, checkpoint[key])
+            if not (self.out / "best.pt").exists():  # it goes on in another folder
+                self.best = -1.0
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"--resume {name}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
 
@@ -726,16 +720,18 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def open_checkpoint(args, defaults):
-    """--weights: the weights in it, and its settings, with `defaults` for those that it lacks."""
+def open_checkpoint(args, **defaults):
+    """--weights: the weights in it. Its settings, or else these defaults, become those of `args` that are None."""
     if not args.weights:
         raise UserError("--eval and --predict need a checkpoint: --weights FILE")
     checkpoint = load_checkpoint(args.weights)
-    settings = defaults | checkpoint.get("settings", {})
-    if settings["model"] not in MODELS:
-        raise UserError(f"{args.weights} has a model called {settings['model']!r}; expected one of {', '.join(MODELS)}")
+    for name, default in {"model": "tiny", **defaults}.items():
+        if vars(args).get(name) is None:
+            setattr(args, name, checkpoint.get("settings", {}).get(name, default))
+    if args.model not in MODELS:
+        raise UserError(f"{args.weights} has a model called {args.model!r}; expected one of {', '.join(MODELS)}")
     try:
-        return visiongru.named_weights(checkpoint, args.weights), settings
+        return visiongru.named_weights(checkpoint, args.weights)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -803,7 +799,7 @@ SHARED = {  # by both scripts
     "resume": (str, None, None, "auto: go on from OUT/last.pt if it is there; or FILE"),
     "save-every": (COUNT_OR_NONE, 0, 0, "steps between checkpoints, besides those at validations; 0: none"),
 }
-FROM_CHECKPOINT = {"weights": None, "data": None, "model": "tiny", "device": "auto", "amp": "auto", "workers": None}
+FROM_CHECKPOINT = {"weights": None, "data": None, "model": None, "device": "auto", "amp": "auto", "workers": None}
 # DeiT's recipe, as the paper uses it, and what suits the built-in set: few epochs, and no augmentation that cuts off
 # the shapes.
 OPTIONS = {
@@ -862,8 +858,9 @@ def parse(argv, description, options, from_checkpoint):
 
 def parse_arguments(argv=None):
     args = parse(argv, __doc__, OPTIONS, FROM_CHECKPOINT | {"img_size": None, "val_resize": None, "batch_size": 64})
+    if args.img_size and not args.val_resize:
+        args.val_resize = round(args.img_size * 256 / 224)
     if not (args.eval or args.predict):
-        args.val_resize = args.val_resize or round(args.img_size * 256 / 224)
         args.lr = 1e-3 * args.batch_size / 1024 if args.lr is None else args.lr
         args.warmup = args.epochs / 15 if args.warmup is None else args.warmup
         args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'shapes'}-{args.model}"

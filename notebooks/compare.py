@@ -1,0 +1,265 @@
+"""VisionGRU-nano, its equals and its variants, trained by train.py's and segment.py's own loops; and curves of any run.
+
+    python notebooks/compare.py --model swin --out runs/swin --data cifar10 --img-size 48 --epochs 12
+    python notebooks/compare.py --segment --model swin --out runs/street --data camvid --iters 4000
+    python notebooks/compare.py --plot curves.png runs/*/log.jsonl
+
+It takes every option of train.py or, with --segment, of segment.py. A run leaves what theirs leave, and OUT.jsonl: a
+line on what was run, with command, commit and machine; the lines of its log; last its best score, and the classes that
+it gives the validation images, in their order.
+
+All models have 1.7 to 2.0 M parameters with ten classes. The variants of nano differ from it in one thing each.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.resnet import BasicBlock
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import segment  # noqa: E402
+import train  # noqa: E402
+import visiongru  # noqa: E402
+from visiongru import GRU2D, to_channels_first  # noqa: E402
+
+
+# Equals ---------------------------------------------------------------------------------------------------------------
+
+class Staged(nn.Module):
+    """A hierarchical classifier whose stages UPerNet can use as it uses VisionGRU's: `.dims` and `.features`.
+
+    Args:
+        stages: four modules, each of which gives a map at 1/4, 1/8, 1/16, 1/32 of the image.
+        dims: their channels.
+        head: what makes logits of the last map.
+        channels_last: whether the maps are (B, H, W, C).
+    """
+
+    def __init__(self, stages, dims, head, channels_last=False):
+        super().__init__()
+        self.stages, self.dims, self.head, self.channels_last = nn.ModuleList(stages), list(dims), head, channels_last
+
+    def maps(self, x):
+        for stage in self.stages:
+            x = stage(x)
+            yield x
+
+    def features(self, x):
+        return [to_channels_first(x) if self.channels_last else x for x in self.maps(x)]
+
+    def forward(self, x):
+        *_, last = self.maps(x)
+        return self.head(last)
+
+
+def convnext(num_classes, layer_scale, drop_path):
+    """torchvision's ConvNeXt. Its layer scale, 1e-6 as published, holds it back in short runs; 1 does not."""
+    dims, depths = (32, 64, 128, 256), (1, 1, 8, 1)
+    setting = [CNBlockConfig(*row) for row in zip(dims, (*dims[1:], None), depths)]
+    model = ConvNeXt(setting, drop_path, layer_scale, num_classes=num_classes)
+    parts = model.features  # stem, stage 1, downsampling, stage 2, ...
+    return Staged([nn.Sequential(parts[i], parts[i + 1]) for i in (0, 2, 4, 6)], dims,
+                  nn.Sequential(model.avgpool, model.classifier))
+
+
+def swin(num_classes, drop_path, window):
+    """torchvision's Swin. Its windows of 7 are for 224 px; at 48 px a window of 3 is the same share of the image."""
+    dims = (24, 48, 96, 192)
+    model = SwinTransformer([4, 4], dims[0], [2, 2, 6, 2], [1, 2, 4, 8], [window, window],
+                            stochastic_depth_prob=drop_path, num_classes=num_classes)
+    parts = model.features  # patches, stage 1, merging, stage 2, ...
+    return Staged([nn.Sequential(parts[i], parts[i + 1]) for i in (0, 2, 4, 6)], dims,
+                  nn.Sequential(model.norm, model.permute, model.avgpool, model.flatten, model.head),
+                  channels_last=True)
+
+
+def resnet(num_classes):
+    """torchvision's ResNet of basic blocks, half as wide as ResNet-18."""
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes)
+    dims, model.inplanes = (32, 64, 128, 256), 32
+    stem = nn.Sequential(nn.Conv2d(3, 32, 7, 2, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(), model.maxpool)
+    layers = [model._make_layer(BasicBlock, width, depth, stride)
+              for width, depth, stride in zip(dims, (2, 2, 3, 1), (1, 2, 2, 2))]
+    for conv in (module for part in (stem, *layers) for module in part.modules() if isinstance(module, nn.Conv2d)):
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as ResNet does itself
+    return Staged([nn.Sequential(stem, layers[0]), *layers[1:]], dims,
+                  nn.Sequential(model.avgpool, nn.Flatten(), nn.Linear(dims[-1], num_classes)))
+
+
+def vit(num_classes, img_size):
+    """torchvision's ViT with patches of 8 pixels. It has one map, and so no place under UPerNet."""
+    return VisionTransformer(img_size, patch_size=8, num_layers=9, num_heads=4, hidden_dim=128, mlp_dim=512,
+                             num_classes=num_classes)
+
+
+# Variants of nano -----------------------------------------------------------------------------------------------------
+
+def no_recurrence(a, b, h0=None, reverse=False):
+    """In place of a scan: a = 0, gates and candidates alone."""
+    return b
+
+
+class Columns(nn.Module):
+    """A 2DGRU that scans along columns: on the image's transpose."""
+
+    def __init__(self, gru):
+        super().__init__()
+        self.gru = gru
+
+    def forward(self, x):
+        return self.gru(x.transpose(1, 2).contiguous()).transpose(1, 2)
+
+
+def nano(variant="", **kw):
+    """visiongru_nano with one thing changed, or with several, separated by "+"."""
+    model = visiongru.visiongru_nano(**kw)
+    blocks = [block for stage in model.stages for block in stage]
+    for change in variant.split("+"):
+        for number, block in enumerate(blocks):
+            if change == "no recurrence":
+                block.gru.left.scan = block.gru.right.scan = change
+            elif change == "one direction":  # both minGRUs read forwards: as many weights
+                forwards = block.gru.right.forward
+                block.gru.right.forward = lambda x, reverse, forwards=forwards: forwards(x)
+            elif change == "no convolution":
+                block.dwconv = nn.Identity()
+            elif change == "columns" and number % 2:
+                block.gru = Columns(block.gru)
+            elif change in visiongru.SCANS:
+                block.gru.left.scan = block.gru.right.scan = change
+    return model
+
+
+VARIANTS = ["no recurrence", "one direction", "columns", "no convolution", "no convolution+no recurrence", "log",
+            "sequential"]
+
+
+def add_models(img_size):
+    """Make train.py and segment.py know the models of this file by their names."""
+    visiongru.SCANS["no recurrence"] = no_recurrence
+    train.MODELS |= {
+        "convnext": lambda num_classes=1, drop_path=0.0, **_: convnext(num_classes, 1.0, drop_path),
+        "convnext-1e-6": lambda num_classes=1, drop_path=0.0, **_: convnext(num_classes, 1e-6, drop_path),
+        "swin": lambda num_classes=1, drop_path=0.0, **_: swin(num_classes, drop_path, max(2, img_size // 16)),
+        "resnet": lambda num_classes=1, **_: resnet(num_classes),
+        "vit": lambda num_classes=1, **_: vit(num_classes, img_size)}
+    train.MODELS |= {f"nano, {variant}": partial(nano, variant) for variant in VARIANTS}
+    for script in train, segment:
+        kind, *rest = script.OPTIONS["model"]
+        script.OPTIONS["model"] = (list(train.MODELS), *rest)
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+def git(*words):
+    return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout.strip()
+
+
+def processor():
+    """The name of this machine's processor."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe(model, args, argv, script):
+    """What was run: a dict of what a table says of a model, and of where the numbers come from."""
+    size = args.img_size if hasattr(args, "img_size") else args.crop_size
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.to("meta")(torch.empty(2, 3, size, size, device="meta"))
+    return {"model": args.model, "seed": args.seed, "img_size": size, "lr": args.lr,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "multiply_adds": counter.get_total_flops() // 4,  # of one image; a multiply-add is two FLOPs
+            "command": shlex.join(["python", "notebooks/compare.py", *["--segment"] * (script is segment), *argv]),
+            "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "*.py")),
+            "machine": f"{processor()}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}"}
+
+
+def make_model(args, classes):
+    if hasattr(args, "img_size"):
+        return train.MODELS[args.model](num_classes=classes)
+    return visiongru.UPerNet(train.MODELS[args.model](), classes, args.channels, args.aux_channels)
+
+
+@torch.inference_mode()
+def predictions(model, args):
+    """The class that a classifier gives each validation image, as a string of letters from a on."""
+    [data] = train.open_data(args, ["val"])
+    data.transform = train.eval_transform(args.img_size, args.val_resize)
+    loader = train.evaluation_loader(data, 64, args, train.Processes())
+    return "".join(chr(ord("a") + label) for images, _ in loader for label in model(images).argmax(1).tolist())
+
+
+def compare(script, argv, result):
+    """Train by `script` as argv says, and write the file RESULT. -> the exit status."""
+    args = script.parse_arguments(argv)
+    began = time.time()
+    if status := script.main(argv):
+        return status
+    if int(os.environ.get("RANK", 0)):
+        return 0
+    best = train.load_checkpoint(Path(args.out, "best.pt"))
+    state = {key.removeprefix("module."): value for key, value in best[best["better"]].items() if key != "n_averaged"}
+    model = make_model(args, len(best["settings"]["classes"]))
+    model.load_state_dict(state)
+    model.eval()
+    last = {"seconds": time.time() - began, "best": best["best"]}
+    if script is train:
+        last["predicted"] = predictions(model, args)
+    lines = [json.dumps(describe(model, args, argv, script)), Path(args.out, "log.jsonl").read_text().strip(),
+             json.dumps(last)]
+    Path(result or f"{args.out}.jsonl").write_text("\n".join(lines) + "\n")
+    return 0
+
+
+def plot(picture, logs):
+    """Draw the training loss and the score of runs, against the steps."""
+    import figures
+    figures.use_style()
+    fig, axes = figures.plt.subplots(1, 2, figsize=(11, 4))
+    for log in map(Path, logs):
+        name = log.parent.name if log.name == "log.jsonl" else log.stem
+        entries = [entry for entry in map(json.loads, log.read_text().splitlines()) if "loss" in entry]
+        steps = [entry["step"] for entry in entries]
+        score = "miou" if "miou" in entries[0] else "ema_top1" if "ema_top1" in entries[0] else "top1"
+        axes[0].plot(steps, [entry["loss"] for entry in entries])
+        curve, = axes[1].plot(steps, [entry[score] for entry in entries])
+        figures.label(axes[1], steps[-1], entries[-1][score], f"{name} {entries[-1][score]:.1f}", curve.get_color())
+    axes[0].set(title="Loss in training", xlabel="steps", yscale="log")
+    axes[1].set(title={"miou": "mIoU on the validation images, %"}.get(score, "Top-1 on the validation images, %"),
+                xlabel="steps")
+    fig.savefig(picture)
+
+
+def main():
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                          allow_abbrev=False)
+    parser.add_argument("--segment", action="store_true", help="train with segment.py, not with train.py")
+    parser.add_argument("--result", metavar="FILE", help="where to write the result (OUT.jsonl)")
+    parser.add_argument("--plot", nargs="+", metavar=("PNG", "LOG"), help="draw the curves of runs' log.jsonl")
+    ours, argv = parser.parse_known_args()
+    if ours.plot:
+        return plot(ours.plot[0], ours.plot[1:])
+    sizes = [int(size) for option, size in itertools.pairwise(argv) if option == "--img-size" and size.isdigit()]
+    add_models(sizes[-1] if sizes else 224)
+    return compare(segment if ours.segment else train, argv, ours.result)
+
+
+if __name__ == "__main__":
+    train.run_script(main)
