@@ -894,23 +894,30 @@ def run_script(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = main()
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader's handler would raise the error again
-        message = explained(error)
-        status = 2 if message else 1
-        if os.environ.get("RANK", "0") != "0":  # if all meet it, the first one tells it, and torchrun ends the others
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
-        print(f"error: {message}" if message else traceback.format_exc(), file=sys.stderr)
+        status = tell(error)
+    for worker in multiprocessing.active_children():
+        worker.kill()  # one that loads images would take its time to end
     if dist.is_initialized():
         # To leave the group in order would be to wait for the others, for ever if they wait for this process in a step.
         sys.stdout.flush()
         sys.stderr.flush()
-        end_at_once(status)
+        os._exit(status)
     sys.exit(status)
+
+
+def tell(error):
+    """Say what went wrong. -> the exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if os.environ.get("RANK", "0") != "0":  # if all meet it, the first one tells it, and torchrun ends the others
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    message = explained(error)
+    print(f"error: {message}" if message else traceback.format_exc(), file=sys.stderr)
+    return 2 if message else 1
 
 
 def explained(error):

@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parent))
 import segment  # noqa: E402
 import train  # noqa: E402
 import visiongru  # noqa: E402
-from visiongru import GRU2D, to_channels_first  # noqa: E402
+from visiongru import to_channels_first  # noqa: E402
 
 
 # Equals ---------------------------------------------------------------------------------------------------------------
