@@ -78,8 +78,8 @@ def train(args, processes):
 
     while run.validated < args.iters:
         run.take_steps(min((run.validated // args.eval_every + 1) * args.eval_every, args.iters), batches, loss_of)
-        result = scores(evaluate(model, val_loader, processes, run.autocast, args.crop_size * args.slide),
-                        classes)
+        confusion = evaluate(model, val_loader, processes, run.autocast, args.crop_size if args.slide else 0)
+        result = scores(confusion, classes)
         # Labels that count from 0 never reach the last number.
         if run.validated == 0 and args.zero_is_ignore and result["acc"][classes[-1]] is None:
             processes.say(f"note: no pixel to validate on has the last label, {len(classes)}; if labels count from 0, "
@@ -207,8 +207,8 @@ def summary(result):
 # The checkpoint --weights ---------------------------------------------------------------------------------------------
 
 def model_from_checkpoint(args):
-    """The model of the checkpoint --weights, and its preprocessing. The rest of its settings come into `args`; for a
-    bare state dict args.classes is None."""
+    """The model of the checkpoint --weights, and its preprocessing. args.classes, args.zero_is_ignore and the like are
+    set where the command line did not; args.classes of a bare state dict is None."""
     weights = common.open_checkpoint(args, short_side=512, crop_size=512, mean=MEAN, std=STD, classes=None,
                                      zero_is_ignore=True, ignore_label=IGNORE)
     try:
@@ -230,7 +230,7 @@ def evaluate_checkpoint(args, processes):
     loader = tqdm(loader, unit="image", leave=False, disable=processes.rank > 0 or None)
     model.to(processes.device, memory_format=torch.channels_last)
     confusion = evaluate(model, loader, processes, common.precision(args.amp, processes.device)[1],
-                         args.crop_size * args.slide)
+                         args.crop_size if args.slide else 0)
     result = scores(confusion, data.classes)
     processes.say(f"{score_table(result)}\n{args.weights}: {summary(result)} ({len(data):,} images)")
 
@@ -238,7 +238,7 @@ def evaluate_checkpoint(args, processes):
 @torch.inference_mode()
 def predict(args, processes):
     """For each picture OUT/NAME_labels.png, a label map in the numbers of the training masks, and OUT/NAME_overlay.png.
-    A picture that cannot be read is reported, and the others done all the same."""
+    A picture that cannot be read is reported; the rest are still processed."""
     model, transform = model_from_checkpoint(args)
     model.to(processes.device, memory_format=torch.channels_last)
     first, out, unread = int(args.zero_is_ignore), Path(args.out), 0
@@ -258,7 +258,8 @@ def predict(args, processes):
             unread += 1
             continue
         with autocast():
-            logits = class_logits(model, transform(image)[None].to(processes.device), args.crop_size * args.slide)
+            pixels = transform(image)[None].to(processes.device)
+            logits = class_logits(model, pixels, args.crop_size if args.slide else 0)
         labels = label_map(logits, (image.height, image.width)) + first
         labels = v2.functional.to_pil_image(labels.to("cpu", torch.uint8)).convert("P")
         labels.putpalette(palette(first))
@@ -358,7 +359,7 @@ def class_names(args, known=None):
                                 f"{args.num_classes or f'1 to {IGNORE - 1}'}, all different")
             return names
     if not known and args.num_classes is None:
-        raise UserError(f"--data {args.data}: how many classes are there? Give their names, one in a line, in "
+        raise UserError(f"--data {args.data}: how many classes are there? Give their names, one per line, in "
                         f"{args.data}/classes.txt, or --num-classes")
     return known or label_names(args.num_classes, args.zero_is_ignore)
 
@@ -380,7 +381,7 @@ def open_data(args, splits, known=None):
 
 
 class ShorterSide(v2.Transform):
-    """Resize to a shorter side between `low` and `high` pixels, by chance, and a longer one of at most 4 times that."""
+    """Resize to a shorter side chosen at random from `low` to `high` pixels, and a longer of at most 4 times that."""
 
     def __init__(self, low, high):
         super().__init__()
@@ -413,19 +414,18 @@ class TrainTransform:
             v2.RandomHorizontalFlip(args.flip),
             *(v2.RandomApply([v2.ColorJitter(**{name: strength * args.distort})], p=0.5)
               for name, strength in colours.items() if args.distort),
-            v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+            v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD), v2.ToPureTensor()])
 
     def __call__(self, image, mask):
         image, mask = self.resize(image, tv_tensors.Mask(mask))
         # A crop that is nearly all road teaches little: of ten, the first in which no class has more than 75 %, or
-        # else the last.
+        # otherwise the tenth.
         for _ in range(10):
             crop, crop_mask = self.crop(image, mask)
             counts = torch.bincount(crop_mask.flatten(), minlength=IGNORE)[:IGNORE]
             if 0 < counts.max() <= 0.75 * counts.sum():
                 break
-        crop, crop_mask = self.finish(crop, crop_mask)
-        return crop.as_subclass(torch.Tensor), crop_mask.as_subclass(torch.Tensor)
+        return self.finish(crop, crop_mask)
 
 
 def eval_transform(short_side, mean=MEAN, std=STD):
@@ -455,7 +455,7 @@ OPTIONS = {
     "lr": (AMOUNT, 6e-5, 5e-3, "peak learning rate"),
     "weight-decay": (AMOUNT, 0.01, 0.01, "on all parameters but the norms'"),
     "warmup": (COUNT_OR_NONE, 1500, 200, "steps of rising learning rate"),
-    "short-side": (PIXELS, None, None, "side of the images, the shorter one, or a quarter of the longer (crop-size)"),
+    "short-side": (PIXELS, None, None, "shorter side of the resized images, the longer at most 4 times that (crop-size)"),
     "scale": ((SCALE, SCALE), [0.5, 2.0], [1.0, 1.0], "for training, short-side times a number between these"),
     "crop-size": (PIXELS, 512, 64, "side of the squares to train on, a multiple of 32 at best"),
     "distort": (STRENGTH, 1.0, 0.0, "strength of the changes of brightness, contrast, saturation and hue"),
@@ -489,10 +489,7 @@ class Scenes(Shapes):
     """One to three textured shapes on a textured ground, class 0, one over the other: (PIL image, mask (size, size)
     uint8). Item i depends on (split, seed, i) alone, and is drawn when asked for."""
 
-    classes = ["ground", *SHAPES]
-
-    def __init__(self, split, length, size=64, seed=0):
-        super().__init__(split, length, size, seed)
+    classes, side = ["ground", *SHAPES], 64
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(common.random_seed(self.seed, "scene", self.split, index))

@@ -10,7 +10,7 @@
 processes; files; arguments and errors; and at the end the built-in set.
 
 --batch-size is the number of images per optimizer step over all processes, so that the recipe is the same for any
-number of them. Every random number comes from the seed and the number of the step or image. So nothing depends on the
+number of them. All randomness is seeded by the number of the step or image, so that results do not depend on the
 number of workers, and a run that was stopped and resumed ends as if it had not been.
 """
 
@@ -63,8 +63,8 @@ def train(args, processes):
     classes = train_data.classes
     epoch_steps = max(1, len(train_data) // args.batch_size)
     steps = args.epochs * epoch_steps
-    pairs = bool(args.mixup or args.cutmix)  # which are mixed within a micro-batch
-    micro_batch = images_per_micro_batch(args, processes, multiple=2 if pairs else 1)
+    mixes = bool(args.mixup or args.cutmix)  # pairs of images, which must lie in one micro-batch
+    micro_batch = images_per_micro_batch(args, processes, multiple=2 if mixes else 1)
     mix = batch_transform(args, len(classes))
 
     # Model, optimizer, learning rate
@@ -90,7 +90,7 @@ def train(args, processes):
         return F.cross_entropy(run.network(images), labels, label_smoothing=args.smoothing)
 
     while run.validated < steps:
-        epoch = run.validated // epoch_steps + 1
+        epoch = run.validated // epoch_steps + 1  # the same one after a stop in its midst
         run.take_steps(epoch * epoch_steps, batches, loss_of)
         scores = {"model": evaluate(model, val_loader, processes, run.autocast)}
         if run.ema:
@@ -114,7 +114,7 @@ def warmup_cosine(step, steps, warmup):
 @torch.compiler.set_stance("force_eager")  # --compile is for training: here images may have any size
 @torch.inference_mode()
 def evaluate(model, loader, processes, autocast=contextlib.nullcontext):
-    """-> the mean loss, and top-1 and top-5 accuracy in percent (100 for fewer than five classes), exact over all
+    """-> the mean loss, and top-1 and top-5 accuracy in percent (100 for five classes or fewer), exact over all
     processes. Raises Stopped if one of them is told to stop."""
     model.eval()
     loss = top1 = top5 = count = 0
@@ -124,8 +124,7 @@ def evaluate(model, loader, processes, autocast=contextlib.nullcontext):
         images = images.to(processes.device, memory_format=torch.channels_last, non_blocking=True)
         labels = labels.to(processes.device, non_blocking=True)
         with autocast():
-            logits = model(images)
-        logits = logits.float()
+            logits = model(images).float()
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         top1 += hits[:, 0].sum().item()
@@ -151,7 +150,7 @@ def evaluate_checkpoint(args, processes):
 
 @torch.inference_mode()
 def predict(args, processes):
-    """Print the top-5 classes of images. One that cannot be read is reported, and the others done all the same."""
+    """Print the top-5 classes of images. One that cannot be read is reported; the rest are still processed."""
     model, transform = model_from_checkpoint(args)
     model.to(processes.device, memory_format=torch.channels_last).eval()
     _, autocast = precision(args.amp, processes.device)
@@ -169,7 +168,7 @@ def predict(args, processes):
         print(path)
         for p, k in zip(top.values.tolist(), top.indices.tolist()):
             print(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}")
-    [unread] = processes.sum([unread])  # so that nobody ends, and makes torchrun end the others, before all are done
+    [unread] = processes.sum([unread])  # wait for all: torchrun ends the rest when one exits with an error
     return 2 if unread else 0
 
 
@@ -196,11 +195,11 @@ class Run:
         network: the model for the loop, which averages the gradients over the processes.
         ema: the moving average of the model's weights, or None.
         step: optimizer steps taken.    validated: what `step` was at the last validation.
-        best: the best score so far.    better: which weights had the last, "model" or "ema".
-        parts: what has a state_dict, by its key in a checkpoint; NUMBERS are the attributes that stand beside it.
+        best: the best score so far.    better: which weights did better at the last validation, "model" or "ema".
+        parts: what has a state_dict, by its key in a checkpoint. VALUES are the attributes that are saved as they are.
     """
 
-    NUMBERS = "validated", "loss_sum", "lr", "best", "better", "log"
+    VALUES = "validated", "loss_sum", "lr", "best", "better", "log"
 
     def __init__(self, args, processes, model, optimizer, scheduler, steps, train_data):
         self.args, self.processes, self.out = args, processes, Path(args.out)
@@ -219,8 +218,7 @@ class Run:
             compile_parts(model, processes.say)
         self.network = model
         if processes.count > 1:
-            ids = None if processes.device.type == "cpu" else [processes.device.index]
-            self.network = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
         size = sum(p.numel() for p in model.parameters())
         processes.say(f"{type(model).__name__} {args.model}, {size:,} parameters, on {processes.count} x "
                       f"{processes.device}, {self.dtype or 'float32'}; in {self.out}"
@@ -239,12 +237,8 @@ class Run:
         return iter(training), evaluation_loader(val_data, val_batch, self.args, self.processes)
 
     def take_steps(self, until, batches, loss_of):
-        """Take optimizer steps until `until` of them are taken, and save, since a validation may take long.
-
-        Args:
-            batches: an iterator over micro-batches (inputs, targets), args.accum for each step.
-            loss_of: inputs, targets -> the mean loss of a micro-batch, called under autocast.
-        """
+        """Take optimizer steps until `until` of them are taken, and save, since a validation may take long. `batches`
+        is an iterator over micro-batches (inputs, targets), of which `loss_of` gives the mean loss, under autocast."""
         args, processes, first = self.args, self.processes, self.step
         self.network.train()
         self.began = said = time.perf_counter()
@@ -316,14 +310,11 @@ class Run:
                          "seconds": seconds})
         if self.processes.rank == 0:
             write_whole(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
-        is_best, self.best, self.better = score > self.best, max(score, self.best), better
-        self.validated, self.loss_sum = self.step, 0.0
-        if is_best:
+        self.validated, self.loss_sum, self.better = self.step, 0.0, better
+        if score > self.best:
+            self.best = score
             self.save("best.pt")
         self.save()
-        if self.step < self.steps:
-            self.processes.sum([])  # has one of them heard a signal?
-            self.processes.stop_if_told()
 
     def save(self, name="last.pt"):
         if not all(value.isfinite().all() for value in self.model.state_dict().values()):
@@ -331,7 +322,7 @@ class Run:
         if self.processes.rank > 0:
             return
         checkpoint = {key: part.state_dict() if part else None for key, part in self.parts.items()}
-        checkpoint |= {key: getattr(self, key) for key in (*self.NUMBERS, "step", "settings")}
+        checkpoint |= {key: getattr(self, key) for key in (*self.VALUES, "step", "settings")}
         if name == "best.pt":
             checkpoint = {key: checkpoint[key] for key in ("model", "ema", "better", "best", "step", "settings")}
         data = io.BytesIO()
@@ -342,7 +333,7 @@ class Run:
         """Make OUT and, with --resume, go on from its checkpoint. Never begin over an earlier run."""
         resume, last = file_to_resume(self.args), self.out / "last.pt"
         checkpoint = load_checkpoint(resume) if resume else {}
-        # A number that differs where the checkpoints differ, and whose sums are exact in float64.
+        # A number that differs where the checkpoints differ. It is below 2^40, so that its sum is exact in float64.
         mark = random_seed(checkpoint.get("step"), checkpoint.get("settings")) % 2**40
         if self.processes.sum([mark])[0] != mark * self.processes.count:
             raise UserError(f"the processes see different {resume or last}: --out must be a folder that all share")
@@ -371,9 +362,9 @@ class Run:
             for key, part in self.parts.items():
                 if checkpoint[key]:  # without --ema there is no average, and without fp16 no scale
                     part.load_state_dict(checkpoint[key])
-            for key in self.NUMBERS:
+            for key in self.VALUES:
                 setattr(self, key, checkpoint[key])
-            if not (self.out / "best.pt").exists():  # it goes on in another folder
+            if not (self.out / "best.pt").exists():  # it goes on in another folder, which has no best yet
                 self.best = -1.0
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"--resume {name}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
@@ -505,17 +496,9 @@ def read_image(path):
         raise UserError(f"cannot read the image {path}: {error}") from None
 
 
-class NotTooLong(v2.Transform):
-    """Crop very long images to their middle. Resized whole, by the shorter side, they might not fit into memory."""
-
-    def transform(self, inpt, params):
-        height, width = v2.functional.get_size(inpt)
-        return v2.functional.center_crop(inpt, [min(height, 4 * width), min(width, 4 * height)])
-
-
 def eval_transform(img_size, val_resize, mean=MEAN, std=STD):
     """Shorter side to `val_resize`, the central square of `img_size`, normalised: PIL image -> (3, S, S) float32."""
-    return v2.Compose([NotTooLong(), v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size), v2.ToImage(),
+    return v2.Compose([v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size), v2.ToImage(),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
@@ -524,7 +507,7 @@ def train_transform(args):
     if args.crop_scale < 1:
         crop = v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))
     else:
-        crop = v2.Compose([NotTooLong(), v2.Resize(args.val_resize), v2.CenterCrop(args.img_size)])
+        crop = v2.Compose([v2.Resize(max(args.img_size, args.val_resize)), v2.CenterCrop(args.img_size)])
     return v2.Compose([crop, v2.RandomHorizontalFlip(args.flip), v2.RandAugment(*args.randaug), v2.ToImage(),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
                        v2.RandomErasing(args.erasing, value="random")])
@@ -542,8 +525,8 @@ def batch_transform(args, num_classes):
         soft = F.one_hot(labels, num_classes).float()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(random_seed(args.seed, "mix", step))
-            # torchvision mixes each item of a batch with the one before. Here there are two items: all channels of the
-            # first half of the images, and all of the second.
+            # torchvision mixes each item of a batch with the one before. We lay the batch out as two large items, its
+            # two halves, so that image i is mixed with image i + B/2.
             mixed, labels = choice(images.reshape(2, -1, *images.shape[2:]), soft.view(2, -1))
         return mixed.view(images.shape).contiguous(memory_format=torch.channels_last), labels.view(soft.shape)
     return mix
@@ -553,7 +536,7 @@ class Stream(Dataset):
     """`data` over and over, in a new order each time: an item for every position from 0 on, without end.
 
     The order depends on (seed, epoch), and what is random in an item on (seed, epoch, index): torch's generator is
-    seeded. (Its state is not put back. That took longer than to read and augment a small picture.)
+    seeded. (Its state is not restored: that takes longer than to read and augment a small picture.)
     """
 
     def __init__(self, data, seed):
@@ -571,7 +554,8 @@ class Stream(Dataset):
 
 def training_batches(steps, args, processes):
     """One process's micro-batches, as lists of positions in a Stream: args.accum of them for each step in `steps`. The
-    images of a step, and the pairs for mixup, are the same for any number of processes and micro-batches."""
+    images of a step, and the pairs for mixup, are the same for any number of processes and micro-batches: of eight
+    images in two micro-batches the first has 0, 1, 4, 5, in which 0 is mixed with 4 and 1 with 5."""
     halves = 2 if args.batch_size // (args.accum * processes.count) % 2 == 0 else 1
     for step in steps:
         positions = torch.arange(step * args.batch_size, (step + 1) * args.batch_size)
@@ -601,11 +585,10 @@ def make_loader(data, workers, processes, **order):
 
 
 def start_worker(_):
-    # A signal to the whole group reaches the workers too. The main process needs them until it has saved, and then ends
-    # them with a SIGTERM; should it not, they end themselves a minute later.
+    # A signal to the whole group reaches the workers too. They must outlive it until the step is done and saved.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
 
 
 def random_seed(*parts):
@@ -626,7 +609,7 @@ class Processes:
     told: bool = False  # whether one of the processes had heard one at their last `sum`
 
     def say(self, words):
-        """print, by the first process alone."""
+        """Print, in the first process alone."""
         try:
             if self.rank == 0:
                 print(words, flush=True)
@@ -660,9 +643,8 @@ def start_processes(device="auto"):
             raise RuntimeError(f"torch sees no {device.type} here")
         if device.type != "cpu":
             device = torch.device(device.type, local_rank if device.index is None else device.index)
-            seen = torch.accelerator.device_count()
-            if device.index >= seen or device.index != local_rank and count > 1:
-                raise RuntimeError(f"each process needs a device of its own, and torch sees {seen}")
+            if count > 1 and device.index != local_rank:
+                raise RuntimeError("each process needs a device of its own: leave its number out")
             torch.accelerator.set_device_index(device.index)
             torch.set_float32_matmul_precision("high")  # tf32
     except RuntimeError as error:
@@ -706,7 +688,7 @@ def make_folder(path):
 
 
 def load_checkpoint(path):
-    """What a checkpoint file holds, a dict; no code in it is run. UserError if it is none, or damaged."""
+    """What a checkpoint file holds, a dict; no code in it is run. UserError if it is not a checkpoint, or damaged."""
     try:
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load does not check
             raise ValueError(f"the check sum of {damaged} in it is wrong")
@@ -843,9 +825,11 @@ def parse(argv, description, options, from_checkpoint):
         parser.add_argument(f"--{name}", help=text + f" ({'; built-in set: '.join(shown)})" * bool(shown), **how)
     given = vars(parser.parse_args(argv))
     if given.keys() & {"eval", "predict"}:
-        act, idle = ("predict", {"data", "workers"}) if "predict" in given else ("eval", {"out"})
-        for name in given.keys() - {act} - (from_checkpoint.keys() - idle):
-            parser.error(f"--{name.replace('_', '-')}: does nothing with --{act}")
+        action, idle = "eval", {"out"}
+        if "predict" in given:
+            action, idle = "predict", {"data", "workers", "batch_size", "num_classes", "ignore_label"}
+        for name in given.keys() - {action} - (from_checkpoint.keys() - idle):
+            parser.error(f"--{name.replace('_', '-')}: does nothing with --{action}")
         defaults = from_checkpoint
     else:
         defaults = {name.replace("-", "_"): row[1 if "data" in given else 2] for name, row in options.items()}
@@ -900,8 +884,7 @@ def run_script(main):
         status = tell(error)
     for worker in multiprocessing.active_children():
         worker.kill()  # one that loads images would take its time to end
-    if dist.is_initialized():
-        # To leave the group in order would be to wait for the others, for ever if they wait for this process in a step.
+    if dist.is_initialized():  # to destroy the group in order can hang, if another process waits in a step
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -912,24 +895,22 @@ def tell(error):
     """Say what went wrong. -> the exit status."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    if os.environ.get("RANK", "0") != "0":  # if all meet it, the first one tells it, and torchrun ends the others
+    if os.environ.get("RANK", "0") != "0":  # if all meet the error, the first one tells it, and torchrun ends the rest
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    message = explained(error)
-    print(f"error: {message}" if message else traceback.format_exc(), file=sys.stderr)
-    return 2 if message else 1
-
-
-def explained(error):
-    """What to tell the user of an error, or None of one that nobody expected."""
-    if isinstance(error, UserError):
-        return str(error)
-    # A process that loads images ends unasked, and its connection with it, where the system has no memory left.
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError, ConnectionResetError, EOFError)) \
-            or any(words in str(error) for words in ("can't allocate memory", "DataLoader worker (pid")):
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return (f"{reason}: out of memory? A larger --accum, --checkpoint, fewer --workers, smaller images or batches "
-                f"need less")
+    # The system kills a process that loads images when memory runs out; what then fails may be the connection to it.
+    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError, ConnectionResetError, EOFError)) \
+        or any(words in str(error) for words in ("can't allocate memory", "DataLoader worker (pid"))
+    if not no_memory and not isinstance(error, UserError):
+        traceback.print_exception(error)
+        return 1
+    message = str(error)
+    if no_memory:
+        reason = (message.splitlines() or [type(error).__name__])[0]
+        message = (f"{reason}: out of memory? A larger --accum, --checkpoint, fewer --workers, smaller images or "
+                   f"batches need less")
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def end_at_once(status):
@@ -990,10 +971,10 @@ def draw_scene(shapes, size, generator):
 class Shapes(Dataset):
     """One shape per image, its kind the class. Item i depends on (split, i) alone, and is drawn when asked for."""
 
-    classes, transform = list(SHAPES), None
+    classes, side, transform = list(SHAPES), 48, None
 
-    def __init__(self, split, length, size=48, seed=0):
-        self.split, self.length, self.size, self.seed = split, length, size, seed
+    def __init__(self, split, length, size=None, seed=0):
+        self.split, self.length, self.size, self.seed = split, length, size or self.side, seed
 
     def __len__(self):
         return self.length

@@ -4,22 +4,22 @@
     python notebooks/compare.py --segment --model swin --out runs/street --data camvid --iters 4000
     python notebooks/compare.py --plot curves.png runs/*/log.jsonl
 
-It takes every option of train.py or, with --segment, of segment.py. A run leaves what theirs leave, and OUT.jsonl: a
-line on what was run, with command, commit and machine; the lines of its log; last its best score, and the classes that
-it gives the validation images, in their order.
+It takes the options that train.py or, with --segment, segment.py takes to train. A run leaves what theirs leave, and
+OUT.jsonl: a line on what was run, with command, commit and machine; the lines of its log; last its best score, and the
+classes that it gives the validation images, in their order.
 
-All models have 1.7 to 2.0 M parameters with ten classes. The variants of nano differ from it in one thing each.
+The models have 1.7 to 2.0 M parameters with ten classes, but not the same number of multiply-adds. All are trained with
+the recipe of VisionGRU; only the learning rate should be sought for each. "nano, X" is nano with X changed, "X+Y" with
+both. --checkpoint, --compile and --weights are for VisionGRU alone, and resnet and vit have no --drop-path.
 """
 
 import argparse
-import itertools
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def convnext(num_classes, layer_scale, drop_path):
 
 
 def swin(num_classes, drop_path, window):
-    """torchvision's Swin. Its windows of 7 are for 224 px; at 48 px a window of 3 is the same share of the image."""
+    """torchvision's Swin. A window is a quarter of the first map's side, twice the published share: at 48 px, 3 x 3."""
     dims = (24, 48, 96, 192)
     model = SwinTransformer([4, 4], dims[0], [2, 2, 6, 2], [1, 2, 4, 8], [window, window],
                             stochastic_depth_prob=drop_path, num_classes=num_classes)
@@ -89,7 +89,7 @@ def swin(num_classes, drop_path, window):
 
 
 def resnet(num_classes):
-    """torchvision's ResNet of basic blocks, half as wide as ResNet-18."""
+    """torchvision's ResNet of basic blocks, half as wide as ResNet-18, with 2, 2, 3, 1 of them."""
     model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes)
     dims, model.inplanes = (32, 64, 128, 256), 32
     stem = nn.Sequential(nn.Conv2d(3, 32, 7, 2, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU(), model.maxpool)
@@ -109,11 +109,6 @@ def vit(num_classes, img_size):
 
 # Variants of nano -----------------------------------------------------------------------------------------------------
 
-def no_recurrence(a, b, h0=None, reverse=False):
-    """In place of a scan: a = 0, gates and candidates alone."""
-    return b
-
-
 class Columns(nn.Module):
     """A 2DGRU that scans along columns: on the image's transpose."""
 
@@ -125,49 +120,52 @@ class Columns(nn.Module):
         return self.gru(x.transpose(1, 2).contiguous()).transpose(1, 2)
 
 
-def nano(variant="", **kw):
-    """visiongru_nano with one thing changed, or with several, separated by "+"."""
+def change(block, number, what):
+    """Change one thing in a block, the one with this number, of nano."""
+    if what in visiongru.SCANS:
+        block.gru.left.scan = block.gru.right.scan = what
+    elif what == "one direction":  # both minGRUs read forwards: as many weights
+        block.gru.right.register_forward_pre_hook(lambda gru, inputs, options: (inputs, {}), with_kwargs=True)
+    elif what == "columns in every second block":
+        block.gru = Columns(block.gru) if number % 2 else block.gru
+    elif what == "no convolution":
+        block.dwconv = nn.Identity()
+    else:
+        raise ValueError(what)
+
+
+def nano(variant, **kw):
     model = visiongru.visiongru_nano(**kw)
-    blocks = [block for stage in model.stages for block in stage]
-    for change in variant.split("+"):
-        for number, block in enumerate(blocks):
-            if change == "no recurrence":
-                block.gru.left.scan = block.gru.right.scan = change
-            elif change == "one direction":  # both minGRUs read forwards: as many weights
-                forwards = block.gru.right.forward
-                block.gru.right.forward = lambda x, reverse, forwards=forwards: forwards(x)
-            elif change == "no convolution":
-                block.dwconv = nn.Identity()
-            elif change == "columns" and number % 2:
-                block.gru = Columns(block.gru)
-            elif change in visiongru.SCANS:
-                block.gru.left.scan = block.gru.right.scan = change
+    for number, block in enumerate(block for stage in model.stages for block in stage):
+        for what in variant.split("+"):
+            change(block, number, what)
     return model
 
 
-VARIANTS = ["no recurrence", "one direction", "columns", "no convolution", "no convolution+no recurrence", "log",
-            "sequential"]
+# In place of a scan: a = 0, gates and candidates alone.
+visiongru.SCANS["no recurrence"] = lambda a, b, h0=None, reverse=False: b
+VARIANTS = ["no recurrence", "one direction", "columns in every second block", "no convolution",
+            "no convolution+no recurrence", "log", "sequential"]
+IMG_SIZE = {"px": 224}  # for which swin and vit are made, known when the arguments are
 
-
-def add_models(img_size):
-    """Make train.py and segment.py know the models of this file by their names."""
-    visiongru.SCANS["no recurrence"] = no_recurrence
-    train.MODELS |= {
-        "convnext": lambda num_classes=1, drop_path=0.0, **_: convnext(num_classes, 1.0, drop_path),
-        "convnext-1e-6": lambda num_classes=1, drop_path=0.0, **_: convnext(num_classes, 1e-6, drop_path),
-        "swin": lambda num_classes=1, drop_path=0.0, **_: swin(num_classes, drop_path, max(2, img_size // 16)),
-        "resnet": lambda num_classes=1, **_: resnet(num_classes),
-        "vit": lambda num_classes=1, **_: vit(num_classes, img_size)}
-    train.MODELS |= {f"nano, {variant}": partial(nano, variant) for variant in VARIANTS}
-    for script in train, segment:
-        kind, *rest = script.OPTIONS["model"]
-        script.OPTIONS["model"] = (list(train.MODELS), *rest)
+train.MODELS |= {
+    "convnext": lambda num_classes=1000, drop_path=0.0, **_: convnext(num_classes, 1.0, drop_path),
+    "convnext-1e-6": lambda num_classes=1000, drop_path=0.0, **_: convnext(num_classes, 1e-6, drop_path),
+    "swin": lambda num_classes=1000, drop_path=0.0, **_: swin(num_classes, drop_path, max(2, IMG_SIZE["px"] // 16)),
+    "resnet": lambda num_classes=1000, **_: resnet(num_classes),
+    "vit": lambda num_classes=1000, **_: vit(num_classes, IMG_SIZE["px"])}
+train.MODELS |= {f"nano, {variant}": partial(nano, variant) for variant in VARIANTS}
+for script in train, segment:
+    script.OPTIONS["model"] = (list(train.MODELS), *script.OPTIONS["model"][1:])
 
 
 # A run ----------------------------------------------------------------------------------------------------------------
 
 def git(*words):
-    return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        return ""
 
 
 def processor():
@@ -178,53 +176,55 @@ def processor():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def describe(model, args, argv, script):
-    """What was run: a dict of what a table says of a model, and of where the numbers come from."""
-    size = args.img_size if hasattr(args, "img_size") else args.crop_size
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.to("meta")(torch.empty(2, 3, size, size, device="meta"))
-    return {"model": args.model, "seed": args.seed, "img_size": size, "lr": args.lr,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "multiply_adds": counter.get_total_flops() // 4,  # of one image; a multiply-add is two FLOPs
-            "command": shlex.join(["python", "notebooks/compare.py", *["--segment"] * (script is segment), *argv]),
-            "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "*.py")),
-            "machine": f"{processor()}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}"}
-
-
-def make_model(args, classes):
-    if hasattr(args, "img_size"):
+def make_model(script, args, classes):
+    if script is train:
         return train.MODELS[args.model](num_classes=classes)
     return visiongru.UPerNet(train.MODELS[args.model](), classes, args.channels, args.aux_channels)
 
 
+def describe(script, args, argv):
+    """What is run: a dict of what a table says of a model, and of where the numbers come from."""
+    size = args.img_size if script is train else args.crop_size
+    [data] = script.open_data(args, ["train" if script is train else "training"])
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = make_model(script, args, len(data.classes)).eval()
+        model(torch.empty(1, 3, size, size))
+    return {"model": args.model, "seed": args.seed, "img_size": size, "lr": args.lr,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "multiply_adds": counter.get_total_flops() // 2,  # of one image
+            "command": shlex.join(["python", "notebooks/compare.py", *argv]),
+            "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", ":/*.py")),
+            "machine": f"{processor()}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}"}
+
+
 @torch.inference_mode()
 def predictions(model, args):
-    """The class that a classifier gives each validation image, as a string of letters from a on."""
+    """The class that a classifier gives each validation image."""
     [data] = train.open_data(args, ["val"])
     data.transform = train.eval_transform(args.img_size, args.val_resize)
     loader = train.evaluation_loader(data, 64, args, train.Processes())
-    return "".join(chr(ord("a") + label) for images, _ in loader for label in model(images).argmax(1).tolist())
+    return [label for images, _ in loader for label in model(images).argmax(1).tolist()]
 
 
-def compare(script, argv, result):
-    """Train by `script` as argv says, and write the file RESULT. -> the exit status."""
+def compare(script, argv, command):
+    """Train by `script` as argv says. -> the exit status."""
     args = script.parse_arguments(argv)
-    began = time.time()
-    if status := script.main(argv):
+    if args.eval or args.predict:
+        raise train.UserError("compare.py trains; --eval and --predict are options of train.py and segment.py")
+    if args.model == "vit" and (script is segment or args.img_size % 8):
+        raise train.UserError("vit: it has one map, where UPerNet takes four, and takes images of a multiple of 8 px")
+    IMG_SIZE["px"] = args.img_size if script is train else args.crop_size
+    first = describe(script, args, command)
+    status = script.main(argv)
+    if status or os.environ.get("RANK", "0") != "0":
         return status
-    if int(os.environ.get("RANK", 0)):
-        return 0
     best = train.load_checkpoint(Path(args.out, "best.pt"))
+    model = make_model(script, args, len(best["settings"]["classes"])).eval()
     state = {key.removeprefix("module."): value for key, value in best[best["better"]].items() if key != "n_averaged"}
-    model = make_model(args, len(best["settings"]["classes"]))
     model.load_state_dict(state)
-    model.eval()
-    last = {"seconds": time.time() - began, "best": best["best"]}
-    if script is train:
-        last["predicted"] = predictions(model, args)
-    lines = [json.dumps(describe(model, args, argv, script)), Path(args.out, "log.jsonl").read_text().strip(),
-             json.dumps(last)]
-    Path(result or f"{args.out}.jsonl").write_text("\n".join(lines) + "\n")
+    last = {"best": best["best"]} | ({"predicted": predictions(model, args)} if script is train else {})
+    log = Path(args.out, "log.jsonl").read_text()
+    train.write_whole(Path(f"{Path(args.out)}.jsonl"), f"{json.dumps(first)}\n{log}{json.dumps(last)}\n".encode())
     return 0
 
 
@@ -235,30 +235,31 @@ def plot(picture, logs):
     fig, axes = figures.plt.subplots(1, 2, figsize=(11, 4))
     for log in map(Path, logs):
         name = log.parent.name if log.name == "log.jsonl" else log.stem
-        entries = [entry for entry in map(json.loads, log.read_text().splitlines()) if "loss" in entry]
-        steps = [entry["step"] for entry in entries]
-        score = "miou" if "miou" in entries[0] else "ema_top1" if "ema_top1" in entries[0] else "top1"
+        try:
+            entries = [entry for entry in map(json.loads, log.read_text().splitlines()) if "loss" in entry]
+            steps = [entry["step"] for entry in entries]
+            score = next(key for key in ("miou", "ema_top1", "top1") if key in entries[0])
+        except (OSError, ValueError, LookupError, StopIteration) as error:
+            raise train.UserError(f"{log} is no log of a run with a validation in it: {error}") from None
         axes[0].plot(steps, [entry["loss"] for entry in entries])
         curve, = axes[1].plot(steps, [entry[score] for entry in entries])
-        figures.label(axes[1], steps[-1], entries[-1][score], f"{name} {entries[-1][score]:.1f}", curve.get_color())
+        text = f"{name}: {'mIoU' if score == 'miou' else 'top-1'} {entries[-1][score]:.1f}"
+        figures.label(axes[1], steps[-1], entries[-1][score], text, curve.get_color())
     axes[0].set(title="Loss in training", xlabel="steps", yscale="log")
-    axes[1].set(title={"miou": "mIoU on the validation images, %"}.get(score, "Top-1 on the validation images, %"),
-                xlabel="steps")
+    axes[1].set(title="Score on the validation images, %", xlabel="steps")
     fig.savefig(picture)
+    return 0
 
 
 def main():
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                           allow_abbrev=False)
     parser.add_argument("--segment", action="store_true", help="train with segment.py, not with train.py")
-    parser.add_argument("--result", metavar="FILE", help="where to write the result (OUT.jsonl)")
     parser.add_argument("--plot", nargs="+", metavar=("PNG", "LOG"), help="draw the curves of runs' log.jsonl")
     ours, argv = parser.parse_known_args()
     if ours.plot:
         return plot(ours.plot[0], ours.plot[1:])
-    sizes = [int(size) for option, size in itertools.pairwise(argv) if option == "--img-size" and size.isdigit()]
-    add_models(sizes[-1] if sizes else 224)
-    return compare(segment if ours.segment else train, argv, ours.result)
+    return compare(segment if ours.segment else train, argv, sys.argv[1:])
 
 
 if __name__ == "__main__":
