@@ -455,7 +455,7 @@ OPTIONS = {
     "lr": (AMOUNT, 6e-5, 5e-3, "peak learning rate"),
     "weight-decay": (AMOUNT, 0.01, 0.01, "on all parameters but the norms'"),
     "warmup": (COUNT_OR_NONE, 1500, 200, "steps of rising learning rate"),
-    "short-side": (PIXELS, None, None, "shorter side of the resized images, the longer at most 4 times that (crop-size)"),
+    "short-side": (PIXELS, None, None, "shorter side of resized images, the longer at most 4 times that (crop-size)"),
     "scale": ((SCALE, SCALE), [0.5, 2.0], [1.0, 1.0], "for training, short-side times a number between these"),
     "crop-size": (PIXELS, 512, 64, "side of the squares to train on, a multiple of 32 at best"),
     "distort": (STRENGTH, 1.0, 0.0, "strength of the changes of brightness, contrast, saturation and hue"),
