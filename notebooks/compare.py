@@ -68,7 +68,7 @@ class Staged(nn.Module):
 
 
 def convnext(num_classes, layer_scale, drop_path):
-    """torchvision's ConvNeXt. Its layer scale, 1e-6 as published, holds it back in short runs; 1 does not."""
+    """torchvision's ConvNeXt. Published with a layer scale of 1e-6, which is for long runs; 1 is for short ones."""
     dims, depths = (32, 64, 128, 256), (1, 1, 8, 1)
     setting = [CNBlockConfig(*row) for row in zip(dims, (*dims[1:], None), depths)]
     model = ConvNeXt(setting, drop_path, layer_scale, num_classes=num_classes)
