@@ -405,7 +405,8 @@ def hear_signals(processes):
                 with contextlib.suppress(OSError):  # the terminal may be gone
                     os.write(2, b"\nstopping after this step; once more stops at once\n")  # print is not for handlers
         elif time.monotonic() - processes.heard_at > soon:
-            end_at_once(128 + number)
+            end_workers()
+            os._exit(128 + number)
     for number in STOP_SIGNALS:
         signal.signal(number, handler)
 
@@ -882,8 +883,7 @@ def run_script(main):
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader's handler would raise the error again
         status = tell(error)
-    for worker in multiprocessing.active_children():
-        worker.kill()  # one that loads images would take its time to end
+    end_workers()
     if dist.is_initialized():  # to destroy the group in order can hang, if another process waits in a step
         sys.stdout.flush()
         sys.stderr.flush()
@@ -913,10 +913,10 @@ def tell(error):
     return 2
 
 
-def end_at_once(status):
+def end_workers():
+    """End the processes that load images at once. By themselves they would take their time."""
     for worker in multiprocessing.active_children():
         worker.kill()
-    os._exit(status)
 
 
 # The built-in set: textured shapes on textured grounds ----------------------------------------------------------------

@@ -231,6 +231,7 @@ def compare(script, argv, command):
 def plot(picture, logs):
     """Draw the training loss and the score of runs, against the steps."""
     import figures
+    names = {"miou": "mIoU", "ema_top1": "top-1 of the average", "top1": "top-1"}
     figures.use_style()
     fig, axes = figures.plt.subplots(1, 2, figsize=(11, 4))
     for log in map(Path, logs):
@@ -238,15 +239,17 @@ def plot(picture, logs):
         try:
             entries = [entry for entry in map(json.loads, log.read_text().splitlines()) if "loss" in entry]
             steps = [entry["step"] for entry in entries]
-            score = next(key for key in ("miou", "ema_top1", "top1") if key in entries[0])
+            score = next(key for key in names if key in entries[0])
         except (OSError, ValueError, LookupError, StopIteration) as error:
             raise train.UserError(f"{log} is no log of a run with a validation in it: {error}") from None
         axes[0].plot(steps, [entry["loss"] for entry in entries])
         curve, = axes[1].plot(steps, [entry[score] for entry in entries])
-        text = f"{name}: {'mIoU' if score == 'miou' else 'top-1'} {entries[-1][score]:.1f}"
+        text = f"{name}: {names[score]} {entries[-1][score]:.1f}"
         figures.label(axes[1], steps[-1], entries[-1][score], text, curve.get_color())
-    axes[0].set(title="Loss in training", xlabel="steps", yscale="log")
+    axes[0].set(title="Loss in training", xlabel="steps")
     axes[1].set(title="Score on the validation images, %", xlabel="steps")
+    for ax in axes:
+        ax.locator_params(axis="x", nbins=5)  # their labels do not touch
     fig.savefig(picture)
     return 0
 
