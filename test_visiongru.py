@@ -641,8 +641,7 @@ def test_the_recipes_are_the_papers():
         model="tiny", channels=512, aux_channels=256, iters=160_000, batch_size=16, lr=6e-5, weight_decay=0.01,
         warmup=1500, crop_size=512, short_side=512, scale=[0.5, 2.0], zero_is_ignore=True, ignore_label=255)
     assert train.parse_arguments(["--data", "somewhere", "--batch-size", "4096"]).lr == 4e-3
-    lr = [train.warmup_cosine(step, 300, 20) for step in (0, 10, 20, 160, 300)]
-    assert lr == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert [train.warmup_cosine(step, 300, 20) for step in (0, 10, 20, 160, 300)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     lr = [segment.warmup_linear(step, 160_000, 1500) for step in (0, 750, 1500, 80_750, 160_000)]
     assert lr == pytest.approx([1e-6, 0.5, 1, 0.5, 0], abs=1e-6)
     model = micro_upernet()
@@ -751,8 +750,7 @@ def test_the_shorter_side_is_as_asked_or_between_its_bounds_and_the_longer_at_mo
                                   ((5000, 1000), 512, (410, 2048)), ((3000, 1), 64, (1, 256)),
                                   ((1, 3000), 64, (256, 1)), ((1, 1), 64, (64, 64))):
         assert segment.eval_transform(short)(Image.new("RGB", size)).shape[1:] == expected
-    transform = segment.ShorterSide(20, 40)
-    sides = [min(transform(Image.new("RGB", (50, 70))).size) for _ in range(200)]
+    sides = [min(segment.ShorterSide(20, 40)(Image.new("RGB", (50, 70))).size) for _ in range(200)]
     assert min(sides) in (20, 21) and max(sides) in (39, 40) and 28 < sum(sides) / 200 < 32
 
 
@@ -789,9 +787,8 @@ def test_evaluation_counts_each_known_pixel_once_at_the_label_maps_size_with_the
     assert segment.evaluate(Oracle(), [(image, large)], train.Processes()).sum() == 9 * 36 * 50
     with pytest.raises(train.UserError, match="no pixel with a label"):
         segment.evaluate(Oracle(), [(image, mask * 0 + 255)], train.Processes())
-    logits = torch.randn(7, 9, 11)
-    enlarged = F.interpolate(logits[None], (40, 31), mode="bilinear")[0]
-    assert torch.equal(segment.label_map(logits, (40, 31)), enlarged.argmax(0))
+    logits = torch.randn(1, 7, 4, 3)
+    assert torch.equal(segment.label_map(*logits, (9, 8)), F.interpolate(logits, (9, 8), mode="bilinear").argmax(1)[0])
 
 
 def test_windows_cover_every_pixel_and_their_logits_are_averaged():
@@ -811,6 +808,11 @@ def test_the_loss_is_a_mean_over_all_pixels_and_none_of_a_crop_without_labels():
     masks[0] = 255
     by_hand = -logits.log_softmax(1).gather(1, masks.clamp(max=2)[:, None])[1].sum() / 32
     torch.testing.assert_close(segment.segmentation_loss((logits, logits), masks), 1.4 * by_hand)
+    data = type("Data", (list,), {"classes": "abc"})([(None, torch.tensor([0] * 99 + [255] * 9 + [1] * 24))])
+    weights = segment.class_weights(data, 0.5)
+    torch.testing.assert_close(weights, torch.tensor([0.1, 0.2, 1.0]) * 126 / (100 * 0.1 + 25 * 0.2 + 1))
+    scaled = segment.segmentation_loss((logits, logits), masks.clamp(min=2), weights)  # class 2 and ignored alone
+    torch.testing.assert_close(scaled, weights[2] * segment.segmentation_loss((logits, logits), masks.clamp(min=2)))
     nothing = segment.segmentation_loss((logits, logits), torch.full_like(masks, 255))
     assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].abs().max() == 0
 
