@@ -223,8 +223,8 @@ def compare(script, argv, command):
     state = {key.removeprefix("module."): value for key, value in best[best["better"]].items() if key != "n_averaged"}
     model.load_state_dict(state)
     last = {"best": best["best"]} | ({"predicted": predictions(model, args)} if script is train else {})
-    log = Path(args.out, "log.jsonl").read_text()
-    train.write_whole(Path(f"{Path(args.out)}.jsonl"), f"{json.dumps(first)}\n{log}{json.dumps(last)}\n".encode())
+    log, end = Path(args.out, "log.jsonl").read_text(), json.dumps(last, separators=(",", ":"))
+    train.write_whole(Path(f"{Path(args.out)}.jsonl"), f"{json.dumps(first)}\n{log}{end}\n".encode())
     return 0
 
 
