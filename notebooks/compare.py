@@ -6,7 +6,7 @@
 
 It takes the options that train.py or, with --segment, segment.py takes to train. A run leaves what theirs leave, and
 OUT.jsonl: a line on what was run, with command, commit and machine; the lines of its log; last its best score, and the
-classes that it gives the validation images, in their order.
+classes that the weights with that score give the validation images, in their order and computed in float32.
 
 The models have 1.7 to 2.0 M parameters with ten classes, but not the same number of multiply-adds. All are trained with
 the recipe of VisionGRU; only the learning rate should be sought for each. "nano, X" is nano with X changed, "X+Y" with
