@@ -186,15 +186,18 @@ def describe(script, args, argv):
     """What is run: a dict of what a table says of a model, and of where the numbers come from."""
     size = args.img_size if script is train else args.crop_size
     [data] = script.open_data(args, ["train" if script is train else "training"])
+    count = os.environ.get("WORLD_SIZE")  # as torchrun says
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={count}"] if count else ["python"]
+    threads = f"{count} processes of " * bool(count) + f"{torch.get_num_threads()} thread(s)"
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = make_model(script, args, len(data.classes)).eval()
         model(torch.empty(1, 3, size, size))
     return {"model": args.model, "seed": args.seed, "img_size": size, "lr": args.lr,
             "parameters": sum(p.numel() for p in model.parameters()),
             "multiply_adds": counter.get_total_flops() // 2,  # of one image
-            "command": shlex.join(["python", "notebooks/compare.py", *argv]),
+            "command": shlex.join([*launcher, "notebooks/compare.py", *argv]),
             "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", ":/*.py")),
-            "machine": f"{processor()}, {torch.get_num_threads()} thread(s), PyTorch {torch.__version__}"}
+            "machine": f"{processor()}, {threads}, PyTorch {torch.__version__}"}
 
 
 @torch.inference_mode()
