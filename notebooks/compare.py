@@ -120,6 +120,11 @@ class Columns(nn.Module):
         return self.gru(x.transpose(1, 2).contiguous()).transpose(1, 2)
 
 
+def patches(conv):
+    """A strided convolution without overlap, its kernel as large as its stride, as in ConvNeXt."""
+    return nn.Conv2d(conv.in_channels, conv.out_channels, conv.stride, conv.stride)
+
+
 def change(block, number, what):
     """Change one thing in a block, the one with this number, of nano."""
     if what in visiongru.SCANS:
@@ -136,6 +141,12 @@ def change(block, number, what):
 
 def nano(variant, **kw):
     model = visiongru.visiongru_nano(**kw)
+    if variant == "no overlap":
+        stem = model.stem
+        stem.conv1, stem.conv2 = patches(stem.conv1), patches(stem.conv2)
+        for downsample in model.downsamples:
+            downsample.conv = patches(downsample.conv)
+        return model
     for number, block in enumerate(block for stage in model.stages for block in stage):
         for what in variant.split("+"):
             change(block, number, what)
@@ -145,7 +156,7 @@ def nano(variant, **kw):
 # In place of a scan: a = 0, gates and candidates alone.
 visiongru.SCANS["no recurrence"] = lambda a, b, h0=None, reverse=False: b
 VARIANTS = ["no recurrence", "one direction", "columns in every second block", "no convolution",
-            "no convolution+no recurrence", "log", "sequential"]
+            "no convolution+no recurrence", "no overlap", "log", "sequential"]
 IMG_SIZE = {"px": 224}  # for which swin and vit are made, known when the arguments are
 
 train.MODELS |= {
