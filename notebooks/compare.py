@@ -180,8 +180,11 @@ def git(*words):
         return ""
 
 
-def processor():
-    """The name of this machine's processor."""
+def processor(device):
+    """The name of the accelerator that --device stands for, or of this machine's processor."""
+    if device != "cpu" and torch.accelerator.is_available():
+        module = torch.get_device_module()
+        return module.get_device_name() if hasattr(module, "get_device_name") else module.__name__
     info = Path("/proc/cpuinfo")
     names = [line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")] \
         if info.exists() else []
@@ -209,7 +212,7 @@ def describe(script, args, argv):
             "multiply_adds": counter.get_total_flops() // 2,  # of one image
             "command": shlex.join([*launcher, "notebooks/compare.py", *argv]),
             "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", ":/*.py")),
-            "machine": f"{processor()}, {threads}, PyTorch {torch.__version__}"}
+            "machine": f"{processor(args.device)}, {threads}, PyTorch {torch.__version__}"}
 
 
 @torch.inference_mode()
