@@ -182,7 +182,7 @@ def git(*words):
 
 def processor(device):
     """The name of the accelerator that --device stands for, or of this machine's processor."""
-    if device != "cpu" and torch.accelerator.is_available():
+    if not device.startswith("cpu") and torch.accelerator.is_available():
         module = torch.get_device_module()
         return module.get_device_name() if hasattr(module, "get_device_name") else module.__name__
     info = Path("/proc/cpuinfo")
