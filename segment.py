@@ -54,7 +54,7 @@ def train(args, processes):
 
     # Model, optimizer, learning rate
     torch.manual_seed(args.seed)
-    backbone = MODELS[args.model](drop_path=args.drop_path, checkpoint=args.checkpoint)
+    backbone = MODELS[args.model](drop_path=args.drop_path, grad_checkpointing=args.checkpoint)
     model = visiongru.UPerNet(backbone, len(classes), args.channels, args.aux_channels)
     for part, path in (model, args.weights), (model.backbone, args.backbone_weights):
         if path and not common.file_to_resume(args):

@@ -31,7 +31,6 @@ import tempfile
 import time
 import traceback
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +68,8 @@ def train(args, processes):
 
     # Model, optimizer, learning rate
     torch.manual_seed(args.seed)
-    model = MODELS[args.model](num_classes=len(classes), drop_path=args.drop_path, checkpoint=args.checkpoint)
+    model = MODELS[args.model](num_classes=len(classes), drop_path=args.drop_path,
+                               grad_checkpointing=args.checkpoint)
     if args.weights and not file_to_resume(args):  # a resumed run has weights of its own
         fill_model(model, load_checkpoint(args.weights), args.weights, processes.say)
     model.to(processes.device, memory_format=torch.channels_last)
@@ -692,13 +692,11 @@ def make_folder(path):
 def load_checkpoint(path):
     """What a checkpoint file holds, a dict; no code in it is run. UserError if it is not a checkpoint, or damaged."""
     try:
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load does not check
-            raise ValueError(f"the check sum of {damaged} in it is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = visiongru.read_checkpoint(path)
     except OSError as error:
         raise UserError(f"cannot open the checkpoint {path}: {error.strerror or error}") from None
-    except Exception as error:
-        raise UserError(f"{path} is not a checkpoint, or a damaged one: {visiongru.why_unread(error)}") from None
+    except ValueError as error:
+        raise UserError(f"cannot use the checkpoint {path}: {error}") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("settings", {}), dict):
         raise UserError(f"{path} holds no checkpoint of these scripts, and no state dict")
     return checkpoint
@@ -715,9 +713,9 @@ def open_checkpoint(args, **defaults):
     if args.model not in MODELS:
         raise UserError(f"{args.weights} has a model called {args.model!r}; expected one of {', '.join(MODELS)}")
     try:
-        return visiongru.named_weights(checkpoint, args.weights)
+        return visiongru.extract_state_dict(checkpoint)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{args.weights}: {error}") from None
 
 
 def fill_model(model, weights, path, say=print):
@@ -727,10 +725,9 @@ def fill_model(model, weights, path, say=print):
         try:
             visiongru.load_weights(model, weights)
         except ValueError as error:
-            message = str(error).replace("load_weights(model.backbone, ...)", "--backbone-weights")
-            raise UserError(message.replace("the state dict", str(path))) from None
+            raise UserError(f"{path}: {error}") from None
     for warning in caught:
-        say(str(warning.message).replace("the state dict", str(path)))
+        say(f"{path}: {warning.message}")
 
 
 def check_classes(known, classes, name):

@@ -37,11 +37,12 @@ as (B, C, H, W), the same memory is in the channels_last format that convolution
 import os
 import re
 import warnings
+import zipfile
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import Conv2dNormActivation, StochasticDepth
 
 
@@ -413,13 +414,13 @@ class VisionGRU(nn.Module):
         mlp_ratio: hidden width of the FFNs, likewise.
         drop_path: stochastic depth: the probability of the last block; it grows linearly from 0 at the first.
         scan: "parallel", "log" or "sequential", as in `MinGRU`; all have the same parameters and results.
-        checkpoint: in training, keep only the inputs of stem, blocks and downsamplings, and compute the rest again for
-            the gradient: about half the memory.
+        grad_checkpointing: in training, save only the inputs of stem, blocks and downsamplings, and recompute the rest
+            in backward: about half the memory.
     Raises ValueError if an argument is out of range.
     """
 
     def __init__(self, num_classes=1000, dim=72, depths=(2, 2, 8, 2), expansion=2, mlp_ratio=4, drop_path=0.0,
-                 scan="parallel", checkpoint=False):
+                 scan="parallel", grad_checkpointing=False):
         super().__init__()
         if len(depths) != 4 or any(not isinstance(depth, int) or depth < 1 for depth in depths):
             raise ValueError(f"depths is {depths!r}; expected four whole numbers of at least 1, one for each stage")
@@ -431,7 +432,7 @@ class VisionGRU(nn.Module):
             raise ValueError(f"mlp_ratio is {mlp_ratio}; expected mlp_ratio * dim to be at least 1")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path is {drop_path}; expected a probability of at least 0 and below 1")
-        self.num_classes, self.checkpoint = num_classes, checkpoint
+        self.num_classes, self.grad_checkpointing = num_classes, grad_checkpointing
         self.dims = [dim * 2**stage for stage in range(4)]
         rates = (drop_path * i / (sum(depths) - 1) for i in range(sum(depths)))
         self.stem = Stem(dim)
@@ -455,7 +456,7 @@ class VisionGRU(nn.Module):
                              f"(for bytes: torchvision's to_dtype(x, torch.float32, scale=True), then normalize)")
 
         def run(part, x):
-            return recomputed(part, x, use_reentrant=False) if self.checkpoint and self.training else part(x)
+            return checkpoint(part, x, use_reentrant=False) if self.grad_checkpointing and self.training else part(x)
 
         x = run(self.stem, x.to(self.stem.conv1.weight.dtype))
         maps = []
@@ -577,7 +578,7 @@ class UPerNet(nn.Module):
 # (a pattern in the release's names, ours), applied in this order. min_gru_1 reads forward; to_hidden_and_gate has the
 # candidate's rows first, as our in_proj has.
 _RELEASE_NAMES = [
-    (r"\b(module|_orig_mod|vig)\.", ""),  # prefixes that wrappers add
+    (r"\b(module|_orig_mod|model|vig)\.", ""),  # prefixes that wrappers add
     (r"\btokenizer\.", "stem."),
     (r"\bsnake_gru\.layers\.", "stages."),
     (r"\.min_gru_1\.", ".gru.left."),
@@ -595,86 +596,96 @@ _RELEASE_NAMES = [
 ]
 
 
-def named_weights(source, name="the state dict"):
-    """The parameters in what `torch.load` returned, a dict, under this file's names.
+def read_checkpoint(path: str | os.PathLike) -> object:
+    """What torch.save wrote to a file, with its checksums verified and no code in it executed.
 
-    `source` is a state dict of ours or of the release, one under the key "model" or "state_dict", or a checkpoint of
-    train.py, which holds "model" and perhaps the moving average of its weights, "ema", and in "better" which of the two
-    validated better: that one is returned. Raises ValueError if there are none.
+    Raises OSError if the file cannot be opened; ValueError if it was not written by torch.save, is damaged, or holds
+    objects other than tensors and plain containers. The message does not repeat the path.
     """
-    if isinstance(source, dict):
-        if isinstance(source.get("model"), dict):
-            source = source.get(source.get("better") or ("ema" if source.get("ema") else "model"))
-        elif isinstance(source.get("state_dict"), dict):
-            source = source["state_dict"]
-    items = source.items() if isinstance(source, dict) else ()
-    weights = {key: value for key, value in items if isinstance(value, Tensor) and key != "n_averaged"}
-    if not weights:
-        raise ValueError(f"{name} holds no weights; expected a dict of parameter names and tensors")
-    for pattern, ours in _RELEASE_NAMES:
-        weights = {re.sub(pattern, ours, str(key)): value for key, value in weights.items()}
-    if all(key.startswith("backbone.") for key in weights):  # a wrapper's prefix too, unless a decoder stands beside it
-        weights = {key.removeprefix("backbone."): value for key, value in weights.items()}
-    return weights
-
-
-def why_unread(error):
-    """One line that says why torch.load(..., weights_only=True) failed."""
-    if "unsupported global" in str(error).lower():
-        return ("it holds Python objects beside the tensors, and to load those is to run code. If you trust it, keep "
-                "the tensors alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], OTHER_FILE)")
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def load_weights(model, source):
-    """Fill `model`, a model of this file, with the weights of `source` and return it.
-
-    `source` is a path, or what `torch.load` returned for it: a state dict of ours or of the authors' release, with or
-    without wrappers' prefixes (`module.`, `_orig_mod.`, `vig.`, `backbone.vig.`), or a checkpoint of train.py or
-    segment.py, of which the better of model and moving average is taken; to choose, pass `["model"]` of it.
-
-    If `source` has no classifier, or one for another number of classes, the model's stays at its initial values, with a
-    warning: that is fine-tuning. A VisionGRU takes the backbone from a segmentation model's weights, and a UPerNet's
-    `.backbone` takes a classifier's weights.
-
-    Raises ValueError if `source` holds no weights, or they do not fit: the message names what is missing, unexpected
-    and mis-shaped, and the model is as it was.
-    """
-    name = "the state dict"
-    if isinstance(source, (str, os.PathLike)):
-        name = os.fspath(source)
-        try:
-            source = torch.load(name, map_location="cpu", weights_only=True)
-        except OSError:  # no such file, say
+    try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load ignores the checksums
+            raise ValueError("a checksum in it does not match: it is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
             raise
-        except Exception as error:
-            raise ValueError(f"{name} is not a file of weights that torch.load(..., weights_only=True) can read: "
-                             f"{why_unread(error)}") from None
-    found, expected = named_weights(source, name), model.state_dict()
-    if "stem.conv1.weight" in expected and "backbone.stem.conv1.weight" in found:  # a segmentation model's backbone
-        found = {key.removeprefix("backbone."): value for key, value in found.items() if key.startswith("backbone.")}
-    elif "backbone.stem.conv1.weight" in expected and "stem.conv1.weight" in found:
-        raise ValueError(f"{name} has no decoder; to start from its backbone: load_weights(model.backbone, ...)")
-    if "head.weight" not in expected:  # a segmentation model has no classifier of images
-        found = {key: value for key, value in found.items() if not re.match(r"(backbone\.)?head\.", key)}
+        if "unsupported global" in str(error).lower():
+            raise ValueError("it holds Python objects, and loading those executes code. If you trust the file, keep "
+                             "its tensors: torch.save(torch.load(FILE, weights_only=False)[KEY], NEW_FILE), where KEY "
+                             "is usually 'model' or 'state_dict'") from None
+        raise ValueError("it was not written by torch.save, or it is damaged") from None
+
+
+def extract_state_dict(checkpoint: object) -> dict[str, Tensor]:
+    """The weights in a checkpoint, under this file's parameter names.
+
+    `checkpoint` is a state dict, of this file's models or of the authors' release, or a dict that holds one as "ema"
+    (the moving average), "model" or "state_dict", or under the key that its entry "better" names. Raises ValueError if
+    there are no weights, or if one is anything but a dense tensor of finite floating-point numbers.
+    """
+    state = checkpoint if isinstance(checkpoint, dict) else {}
+    keys = str(state.get("better")), "ema", "model", "state_dict"
+    state = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
+    state = {str(key): value for key, value in state.items() if isinstance(value, Tensor) and key != "n_averaged"}
+    if not state:
+        raise ValueError("it holds no weights; expected a dict of parameter names and tensors")
+    for key, value in state.items():
+        number = value.is_floating_point() or key.endswith("num_batches_tracked")  # BatchNorm's counter
+        if not number or value.layout != torch.strided or not value.isfinite().all():
+            raise ValueError(f"{key} is not a dense tensor of finite floating-point numbers")
+    for pattern, ours in _RELEASE_NAMES:
+        state = {re.sub(pattern, ours, key): value for key, value in state.items()}
+    if all(key.startswith("backbone.") for key in state):  # a wrapper's prefix, unless there is a decoder beside it
+        state = {key.removeprefix("backbone."): value for key, value in state.items()}
+    return state
+
+
+def load_weights(model: nn.Module, source: str | os.PathLike | dict) -> nn.Module:
+    """Load weights into `model`, one of this file's models, and return it.
+
+    `source` is a path, or what torch.load returned for it; see `extract_state_dict`. For fine-tuning, a classifier for
+    another number of classes, or none, leaves the model's classifier at its initial values, with a warning. A VisionGRU
+    takes the backbone of a segmentation model, and the `.backbone` of a UPerNet takes a classification model.
+
+    Raises OSError or ValueError as `read_checkpoint` and `extract_state_dict` do, and ValueError if the weights do not
+    fit: the message lists what is missing, unexpected and of another shape. The model is then unchanged.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            return load_weights(model, read_checkpoint(source))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(source)}: {error}") from None
+
+    state, expected = extract_state_dict(source), model.state_dict()
+    if "stem.conv1.weight" in expected and "backbone.stem.conv1.weight" in state:  # a segmentation model's backbone
+        state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    elif "backbone.stem.conv1.weight" in expected and "stem.conv1.weight" in state:
+        raise ValueError("these weights have no decoder; for the backbone alone: load_weights(model.backbone, ...)")
+    if "head.weight" not in expected:  # segmentation models have no classifier of images
+        state = {key: value for key, value in state.items() if not re.match(r"(backbone\.)?head\.", key)}
     for head in "head", "decode_head.conv_seg", "auxiliary_head.conv_seg":
-        new, old = expected.get(f"{head}.weight"), found.get(f"{head}.weight")
-        if head == "head" and new is not None and not any(key.startswith("head.") for key in found):
-            difference = "has no classifier"
-        elif new is not None and old is not None and new.shape != old.shape and new.shape[1:] == old.shape[1:]:
-            difference = f"has a classifier for {len(old)} classes and the model one for {len(new)}"
+        ours, theirs = expected.get(f"{head}.weight"), state.get(f"{head}.weight")
+        if ours is None or (theirs is None and head != "head"):
+            continue
+        if theirs is None:
+            found = "no classifier"
+        elif theirs.shape[1:] == ours.shape[1:] and len(theirs) != len(ours):
+            found = f"a classifier for {len(theirs)} classes instead of {len(ours)}"
         else:
             continue
-        warnings.warn(f"{name} {difference}: {head} is left at its initial values", stacklevel=2)
-        found.update({key: expected[key] for key in expected if key.startswith(f"{head}.")})  # the model's own
+        warnings.warn(f"these weights have {found}: {head} keeps its initial values", stacklevel=2)
+        state.update((key, value) for key, value in expected.items() if key.startswith(f"{head}."))
 
-    shapes = [f"{key} {tuple(found[key].shape)} instead of {tuple(value.shape)}" for key, value in expected.items()
-              if key in found and found[key].shape != value.shape]
-    problems = [f"{title}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-                for title, keys in (("missing", [key for key in expected if key not in found]),
-                                    ("unexpected", [key for key in found if key not in expected]),
-                                    ("mis-shaped", shapes)) if keys]
-    if problems:
-        raise ValueError("\n  ".join([f"{name} does not fit this {type(model).__name__}", *problems]))
-    model.load_state_dict(found)
+    problems = {"missing": [key for key in expected if key not in state],
+                "unexpected": [key for key in state if key not in expected],
+                "of another shape": [f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+                                     for key, value in expected.items()
+                                     if key in state and state[key].shape != value.shape]}
+    if any(problems.values()):
+        lists = [f"{problem}: {', '.join(keys[:4])}" + f" and {len(keys) - 4} more" * (len(keys) > 4)
+                 for problem, keys in problems.items() if keys]
+        raise ValueError("\n  ".join([f"the weights do not fit this {type(model).__name__}", *lists]))
+    model.load_state_dict(state)
     return model

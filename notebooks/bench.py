@@ -51,7 +51,7 @@ def from_torchvision(name):
 MODELS = {
     "ours": lambda size: visiongru.visiongru_tiny(),
     "ours, log scan": lambda size: visiongru.visiongru_tiny(scan="log"),  # what the authors' release computes
-    "ours, checkpoint": lambda size: visiongru.visiongru_tiny(checkpoint=True),
+    "ours, grad checkpointing": lambda size: visiongru.visiongru_tiny(grad_checkpointing=True),
     "swin_t": from_torchvision("swin_t"),
     "convnext_tiny": from_torchvision("convnext_tiny"),
     "resnet50": from_torchvision("resnet50"),
