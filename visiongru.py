@@ -604,7 +604,7 @@ def read_checkpoint(path: str | os.PathLike) -> object:
     """
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load ignores the checksums
-            raise ValueError("a checksum in it does not match: it is damaged")
+            raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
