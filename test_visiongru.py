@@ -1,6 +1,7 @@
 """What VisionGRU promises, each promise on the smallest case that could break it. `pytest` runs all of it."""
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -64,7 +65,7 @@ def with_gradients(outputs, inputs):
 
 # The recurrence -------------------------------------------------------------------------------------------------------
 
-def coefficients(T, with_h0):
+def random_coefficients(T, with_h0):
     """Random a, b and, if wanted, h0. Neither a nor b is contiguous in memory."""
     a, b = torch.rand(T, 2, 3, dtype=torch.float64).transpose(0, 1), torch.rand(2, T, 6, dtype=torch.float64)[..., 3:]
     h0 = torch.rand(2, 3, dtype=torch.float64).requires_grad_() if with_h0 else None
@@ -75,7 +76,7 @@ def coefficients(T, with_h0):
 def test_the_scans_are_the_loop_at_every_length_reversed_the_loop_over_the_flipped_sequence(with_h0, reverse):
     around_powers_of_row = [length + i for length in (16**2, 16**3) for i in (-1, 0, 1)]
     for T in [*range(1, 301), 1009, *around_powers_of_row]:
-        a, b, h0 = inputs = coefficients(T, with_h0)
+        a, b, h0 = inputs = random_coefficients(T, with_h0)
         copies = [t.clone() for t in inputs if t is not None]
         h = scan_sequential(a.flip(1), b.flip(1), h0).flip(1) if reverse else scan_sequential(*inputs)
         expected = with_gradients([h], inputs)
@@ -92,7 +93,7 @@ def test_scan_and_mingru_have_the_right_first_and_second_derivatives(with_h0, re
     gru = MinGRU(2, 2).double()
     of_gru = [torch.randn(2, 7, 2, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)][:1 + with_h0]
     cases = [(gru, [t.requires_grad_() for t in of_gru])]
-    cases += [(scan_parallel, [t for t in coefficients(T, with_h0) if t is not None]) for T in (1, 2, 5, 8)]
+    cases += [(scan_parallel, [t for t in random_coefficients(T, with_h0) if t is not None]) for T in (1, 2, 5, 8)]
     for function, inputs in cases:
         assert torch.autograd.gradcheck(lambda *t: function(*t, reverse=reverse), inputs)
         assert torch.autograd.gradgradcheck(lambda *t: function(*t, reverse=reverse), inputs)
@@ -104,10 +105,10 @@ def test_float32_keeps_its_accuracy_over_65536_steps_and_log_space_does_not(gate
     u, gru, error = torch.randn(1, 65_537, 4), MinGRU(1), {}  # a prime: no row divides the sequence
     u[..., 2:] += gates  # candidates first, then gates
     gru.in_proj = torch.nn.Identity()  # gate and candidate are the input itself
-    exact = scan_sequential(*gru.coefficients(u.double()), reverse=reverse)
-    torch.testing.assert_close(scan_parallel(*gru.coefficients(u.double()), reverse=reverse), exact)
+    exact = scan_sequential(*visiongru.coefficients(u.double()), reverse=reverse)
+    torch.testing.assert_close(scan_parallel(*visiongru.coefficients(u.double()), reverse=reverse), exact)
     for scan in (scan_parallel, scan_log):
-        error[scan] = ((scan(*gru.coefficients(u), reverse=reverse) - exact).abs() / exact).max()
+        error[scan] = ((scan(*visiongru.coefficients(u), reverse=reverse) - exact).abs() / exact).max()
     assert error[scan_parallel] < 1e-5
     assert error[scan_log] > 1e-4 or gates < 0  # with closed gates log A_t hardly grows, and log-space does better
 
@@ -120,7 +121,7 @@ def test_the_float32_gradients_of_scan_and_mingru_are_as_accurate_as_the_loops(g
 
     def gradient(function, dtype):
         v = u.to(dtype).requires_grad_()
-        h = gru(v, reverse=True)[0] if function is gru else function(*gru.coefficients(v), reverse=True)
+        h = gru(v, reverse=True)[0] if function is gru else function(*visiongru.coefficients(v), reverse=True)
         return torch.autograd.grad(h, v, grad.to(dtype))[0].double()
     exact = gradient(scan_sequential, torch.float64)
     for half in (slice(0, 4), slice(4, 8)):  # of the candidates, and of the gates
@@ -147,10 +148,8 @@ def test_mingru_computes_its_equations_at_once_and_step_by_step(expansion, scan)
     torch.testing.assert_close(h_13, h)
 
 
-@pytest.mark.parametrize("piece", [2**21, 1000, 1], ids=["in one piece", "in pieces", "in small pieces"])
 @each_way
-def test_mingru_is_the_loop_in_value_and_gradient_at_zero_input_too(with_h0, reverse, piece, monkeypatch):
-    monkeypatch.setattr(visiongru, "PIECE", piece)  # numbers
+def test_mingru_is_the_loop_in_value_and_gradient_at_zero_input_too(with_h0, reverse):
     gru, loop = MinGRU(3, 2).double(), MinGRU(3, 2, "sequential").double()
     gru.load_state_dict(loop.state_dict())
     for T, size in ((1, 1), (2, 1), (3, 1), (3, 0), (12, 1), (37, 1), (1009, 1)):
@@ -161,6 +160,28 @@ def test_mingru_is_the_loop_in_value_and_gradient_at_zero_input_too(with_h0, rev
         for gru.scan, tolerance in (("sequential", 1e-11), ("parallel", 1e-11), ("log", 1e-6)):
             torch.testing.assert_close(with_gradients(gru(x, h0, reverse), [x, h0, *gru.parameters()]), expected,
                                        rtol=tolerance, atol=tolerance, msg=lambda m: f"T = {T}, {gru.scan}: {m}")
+
+
+@pytest.mark.parametrize("scan", visiongru.SCANS.values())
+def test_a_scan_refuses_coefficients_of_different_shapes_and_no_steps(scan):
+    for T, shape in ((5, (2, 4, 3)), (5, (2, 1, 3)), (40, (2, 39, 3)), (40, (2, 1, 3)), (0, (2, 0, 3)), (3, (3,))):
+        with pytest.raises(ValueError, match="expected both"):
+            scan(torch.rand(2, T, 3), torch.rand(shape))
+
+
+def test_torch_func_differentiates_a_scan_forward_and_a_mingru_twice_in_reverse():
+    a, b, h0 = random_coefficients(20, True)
+    gru, loop = MinGRU(2).double(), MinGRU(2, scan="sequential").double()
+    loop.load_state_dict(gru.state_dict())
+    x, h = torch.randn(1, 20, 2, dtype=torch.float64), torch.rand(1, 4, dtype=torch.float64)
+    jvp, jacrev, hessian = torch.func.jvp, torch.func.jacrev, torch.func.hessian
+    torch.testing.assert_close(*(jvp(scan, (a, b, h0), (b, a, h0))[1] for scan in (scan_parallel, scan_sequential)))
+
+    def loss(gru):
+        return lambda x: gru(x, h)[0].square().sum()
+    torch.testing.assert_close(jacrev(jacrev(loss(gru)))(x), hessian(loss(loop))(x))
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp"):
+        hessian(loss(gru))(x)
 
 
 def test_torch_func_gives_per_sample_gradients():
@@ -193,7 +214,7 @@ def test_2dgru_and_model_stay_finite_under_autocast_however_large_the_input(dtyp
 def test_the_recurrence_accumulates_in_float32_under_autocast_and_in_half_models_which_take_images_of_any_type(dtype):
     gru, x = MinGRU(4), torch.randn(1, 50, 4)
     with torch.autocast("cpu", dtype):
-        (a, b), (y, h) = gru.coefficients(x), gru(x)
+        (a, b), (y, h) = visiongru.coefficients(gru.in_proj(x)), gru(x)
     assert a.dtype == b.dtype == h.dtype == torch.float32 and y.dtype == dtype
     y, h = gru.to(dtype)(x.to(dtype))
     assert h.dtype == torch.float32 and y.dtype == dtype
@@ -308,10 +329,10 @@ def test_any_size_and_aspect_gives_a_map_for_each_stage_logits_for_each_pixel_an
 
 @pytest.mark.parametrize("make, arguments, message", [
     (MinGRU, [dict(dim=4, scan="fast")], "expected one of 'parallel', 'log', 'sequential'"),
-    (MinGRU, [dict(dim=0), dict(dim=5, expansion=1.5), dict(dim=4, expansion=math.inf)], "positive whole numbers"),
+    (MinGRU, [dict(dim=0), dict(dim=5, expansion=1.5), dict(dim=4, expansion=math.inf)], "positive integers"),
     (VisionGRU, [dict(dim=7), dict(dim=-8), dict(dim=72.0)], "expected an even number"),
     (VisionGRU, [dict(depths=(2, 2)), dict(depths=(2, 2, 0, 2)), dict(depths=(2, 2, 8.0, 2))],
-     "expected four whole numbers of at least 1"),
+     "expected four positive integers"),
     (VisionGRU, [dict(num_classes=0), dict(mlp_ratio=0), dict(drop_path=1.0), dict(scan="quick")], "expected"),
     (micro_upernet, [dict(num_classes=0), dict(channels=1.5), dict(aux_channels=-1)], "expected"),
 ])
@@ -387,6 +408,21 @@ def test_an_exported_scan_of_any_length_is_the_loop_over_65536_steps_too():
         torch.testing.assert_close(program(*inputs), Scans()(*inputs, scan_sequential))
 
 
+def test_an_exported_scan_reaches_as_far_as_its_declared_range_and_without_one_is_refused():
+    a, b = torch.ones(1, 70_000, 1), torch.zeros(1, 70_000, 1)
+    b[:, 0] = 1  # all states remember it
+    for most in (70_000, 10_000_000, None):
+        length = {1: torch.export.Dim("T", min=2, max=most)}
+        export = functools.partial(torch.export.export, Scans(), (a[:, :40], b[:, :40], torch.zeros(1, 1)),
+                                   dynamic_shapes=(length, length, None), strict=False)
+        if most:
+            forward, backward, *_ = export().module()(a, b, torch.zeros(1, 1))
+            assert forward.eq(1).all() and backward[:, 0].item() == 1
+        else:
+            with pytest.raises(ValueError, match="no upper bound: give its torch.export.Dim a max"):
+                export()
+
+
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     """Two models, their programs, a folder, and the process that leaves their .pt2 files' logits there."""
@@ -457,15 +493,16 @@ def test_the_readmes_lines_on_taking_it_elsewhere_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("amp, T", [(False, 36), (True, 3136)], ids=["float32", "bf16"])  # bf16 has casts to fuse too
-def test_a_compiled_mingru_is_the_eager_one_in_few_kernels(amp, T):
+def test_a_compiled_mingru_is_the_eager_one_in_few_kernels(amp, T, reverse):
     gru = MinGRU(4)
     x, h0 = torch.randn(2, T, 4, requires_grad=True), torch.rand(2, 8, requires_grad=True)
     results = []
     for network in (gru, torch.compile(gru, fullgraph=True, dynamic=False)):
         torch._inductor.metrics.reset()
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            y, h = network(x, h0)
+            y, h = network(x, h0, reverse)
         forward = torch._inductor.metrics.generated_kernel_count
         loss = y.float().square().mean() + h.square().mean()
         results.append([y, h, *torch.autograd.grad(loss, [x, h0, *gru.parameters()])])
