@@ -643,7 +643,8 @@ class _MinGRUScan(torch.autograd.Function):
             return (Gz * slope).to(u.dtype), (Gz * (candidate - h)).to(u.dtype)
 
         u, h = ctx.saved_tensors
-        a = decay(u)
+        # decay(u), by another operation than in forward: what both compute alike, torch.compile stores for backward.
+        a = torch.sigmoid(-_at_least_float32(u[..., h.shape[-1]:]))
         du, dh0 = _chunked_scan(a, a * grad, grad_last, not ctx.reverse, output, (u, h, grad))
         return du, dh0 if ctx.needs_input_grad[1] else None, None
 

@@ -193,22 +193,29 @@ def table(results, batch):
 # The scans alone
 # ---------------------------------------------------------------------------------------------------------------------
 
+def recurrence(hidden, scan, device):
+    """A minGRU without its projections: u (batch, T, 2 hidden) -> every h_t (batch, T, hidden)."""
+    network = visiongru.MinGRU(hidden, 1, scan).to(device)
+    network.in_proj = torch.nn.Identity()
+    return lambda u: network(u)[0]
+
+
 def measure_scans(lengths, batch, hidden, rounds, device):
-    """-> for each length T and scan: seconds of a forward pass and of a forward and backward pass over (batch, T,
-    hidden), in turns, and bytes kept for the backward pass; and the floor of both, the time in which what must be read
-    and written could be copied, at the speed of a copy measured in the same turns."""
+    """-> for each length T and scan: seconds of a forward pass and of a forward and backward pass of a minGRU, from u
+    (batch, T, 2 hidden) to h, in turns, and bytes kept for the backward pass; and the floor of both, the time in which
+    what must be read and written could be copied, at the speed of a copy measured in the same turns."""
     rows = []
     for T in lengths:
-        a, b = (torch.rand(batch, T, hidden, device=device).requires_grad_() for _ in range(2))
+        u = torch.randn(batch, T, 2 * hidden, device=device, requires_grad=True)
         grad, target = torch.randn(2, batch, T, hidden, device=device)
         # Autograd through the loop takes time that grows with the square of T: half a minute at 12,544.
-        scans = {name: scan for name, scan in visiongru.SCANS.items() if name != "sequential" or T <= 4096}
+        scans = {name: recurrence(hidden, name, device) for name in visiongru.SCANS if name != "sequential" or T <= 4096}
         seconds = {name: [] for name in (*scans, "copy")}
         for _ in range(rounds + 1):
             for name, scan in scans.items():
                 with torch.no_grad():
-                    forward = timed(lambda: scan(a, b), device)
-                both = timed(lambda: torch.autograd.grad(scan(a, b), (a, b), grad), device)
+                    forward = timed(lambda: scan(u), device)
+                both = timed(lambda: torch.autograd.grad(scan(u), u, grad), device)
                 seconds[name].append((forward, both))
             seconds["copy"].append((timed(lambda: target.copy_(grad), device),))
         copy, = medians(seconds.pop("copy"))
@@ -217,12 +224,12 @@ def measure_scans(lengths, batch, hidden, rounds, device):
             with torch.autograd.graph.saved_tensors_hooks(
                     lambda t: kept.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t,
                     lambda t: t):
-                h = scan(a, b)
+                h = scan(u)
             forward, both = medians(seconds[name])
-            # Forward reads a and b and writes h: 3 tensors, where a copy moves 2. Backward reads the gradient, a and h
-            # and writes two gradients: 5 more.
+            # In tensors of h's size, of which a copy moves 2: forward reads u (2) and writes h; backward reads the
+            # gradient, u and h, and writes the gradient of u (6).
             rows.append({"T": T, "scan": name, "forward": forward, "both": both, "kept": sum(kept.values()),
-                         "floor_forward": 3 / 2 * copy, "floor_both": 8 / 2 * copy})
+                         "floor_forward": 3 / 2 * copy, "floor_both": 9 / 2 * copy})
             del h
     return rows
 
@@ -312,11 +319,10 @@ def count_rows(batch, T, hidden):
     for form in visiongru.SCANS:
         def make_run(device, form=form):
             u = torch.randn(batch, T, 2 * hidden, device=device, requires_grad=True)
-            network = visiongru.MinGRU(hidden, 1, form).to(device)
-            network.in_proj = torch.nn.Identity()  # from u to h
+            scan = recurrence(hidden, form, device)
 
             def run():
-                return network(u)[0]
+                return scan(u)
             return torch.compile(run) if device == "cpu" else run
         yield f"minGRU, {form}", "eager", eager_counts(make_run), floors
         if form != "sequential":  # a program of T steps takes longer to compile than anyone waits
