@@ -636,7 +636,7 @@ def test_a_built_in_image_depends_on_its_index_alone_and_its_mask_shows_the_shap
         assert image[:, mask > 0].float().mean() > image[:, mask == 0].float().mean() + 30
 
 
-def test_an_epoch_has_each_image_once_depends_on_seed_and_position_alone_and_is_shared_among_the_processes():
+def test_reproducible_epochs_have_each_image_once_and_are_shared_among_the_processes():
     class Noisy(list):
         def __getitem__(self, index):
             return index, torch.rand(()).item()
@@ -647,21 +647,21 @@ def test_an_epoch_has_each_image_once_depends_on_seed_and_position_alone_and_is_
     assert len({chance for _, chance in items}) == 15 and items[:5] != items[5:10]
     assert [stream[position] for position in reversed(range(15))] == items[::-1]
     assert [train.Stream(Noisy(range(5)), seed=2)[position] for position in range(15)] != items
-    args = train.argparse.Namespace(batch_size=12, accum=3)
+    args = train.Namespace(batch_size=12, grad_accum_steps=3)
     for count in (1, 2, 4):  # of processes, which share the positions
         micro_batches = [micro for rank in range(count)
-                         for micro in train.training_batches(range(3, 6), args, train.Processes(rank, count))]
+                         for micro in train.micro_batches(range(3, 6), args, train.Distributed(rank, count))]
         assert {len(micro) for micro in micro_batches} == {4 // count}
         assert sorted(sum(micro_batches, [])) == list(range(36, 72))
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_images_are_mixed_with_the_one_half_a_batch_on_and_labels_in_the_same_proportion(kind):
-    args = train.parse_arguments(["--data", "x", "--mixup", "0", "--cutmix", "0", f"--{kind}", "1"])
-    mix, shares = train.batch_transform(args, 4), set()
+def test_images_are_mixed_with_their_neighbour_and_labels_in_the_same_proportion(kind):
+    args = train.parse_arguments(["--data", "x", "--mixup", "0", "--cutmix", "0", "--reprob", "0", f"--{kind}", "1"])
+    augment, shares = train.batch_augmentation(args, 4), set()
     for step in range(5):
-        mixed, labels = mix(torch.arange(4.).view(4, 1, 1, 1).expand(4, 3, 20, 20), torch.arange(4), step)
-        for i, partner in ((0, 2), (1, 3), (2, 0), (3, 1)):
+        mixed, labels = augment(torch.arange(4.).view(4, 1, 1, 1).expand(4, 3, 20, 20), torch.arange(4), step, 0)
+        for i, partner in ((0, 1), (1, 0), (2, 3), (3, 2)):
             share = labels[i, i].item()
             assert labels[i, partner] == pytest.approx(1 - share, abs=1e-6)
             assert mixed[i].mean().item() == pytest.approx(share * i + (1 - share) * partner, abs=1e-5)
@@ -669,14 +669,27 @@ def test_images_are_mixed_with_the_one_half_a_batch_on_and_labels_in_the_same_pr
     assert mixed.shape == (4, 3, 20, 20) and labels.shape == (4, 4) and len(shares) > 3  # by the step
 
 
-def test_the_recipes_are_the_papers():
+def test_random_erasing_fills_a_rectangle_with_noise_in_the_share_of_images_asked_for():
+    images = torch.full((400, 3, 40, 60), 9.0)
+    erased = train.random_erasing(images, 0.25, 0, 400, seed=1)
+    masks = [image.ne(9).any(0) for image in erased if image.ne(9).any()]
+    assert 70 < len(masks) < 130 and torch.equal(train.random_erasing(images[:50], 0.25, 100, 400, 1), erased[100:150])
+    for mask in masks:
+        (height, width), area = (mask.any(side).sum().item() for side in (1, 0)), mask.sum().item()
+        assert area == height * width and 0.01 < area / 2400 < 0.36 and 0.25 < height / width < 4
+    noise = erased[erased.ne(9)]
+    assert abs(noise.mean()) < 0.1 and 0.9 < noise.std() < 1.1
+
+
+def test_options_default_to_the_papers_recipes():
     args, seg_args = (vars(module.parse_arguments(["--data", "somewhere"])) for module in (train, segment))
     assert args == args | dict(model="tiny", img_size=224, val_resize=256, epochs=300, batch_size=1024, lr=1e-3,
-                               warmup=20, weight_decay=0.05, betas=[0.9, 0.999], randaug=[2, 9], erasing=0.25,
-                               mixup=0.8, cutmix=1.0, smoothing=0.1, ema=0.9999, drop_path=0.0, crop_scale=0.08)
+                               warmup_epochs=20, weight_decay=0.05, opt_betas=[0.9, 0.999], randaug=[2, 9], reprob=0.25,
+                               mixup=0.8, cutmix=1.0, smoothing=0.1, model_ema_decay=0.9999, drop_path=0.0,
+                               crop_scale=0.08)
     assert seg_args == seg_args | dict(
         model="tiny", channels=512, aux_channels=256, iters=160_000, batch_size=16, lr=6e-5, weight_decay=0.01,
-        warmup=1500, crop_size=512, short_side=512, scale=[0.5, 2.0], zero_is_ignore=True, ignore_label=255)
+        warmup_iters=1500, crop_size=512, short_side=512, scale=[0.5, 2.0], zero_is_ignore=True, ignore_label=255)
     assert train.parse_arguments(["--data", "somewhere", "--batch-size", "4096"]).lr == 4e-3
     assert [train.warmup_cosine(step, 300, 20) for step in (0, 10, 20, 160, 300)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     lr = [segment.warmup_linear(step, 160_000, 1500) for step in (0, 750, 1500, 80_750, 160_000)]
@@ -760,8 +773,8 @@ def crops(mask, factor, count, *more):
 def test_of_ten_crops_the_first_without_a_class_of_more_than_75_percent_is_taken_and_flipped_with_its_mask():
     fits, mask = [], torch.zeros(32, 120, dtype=torch.uint8)
     mask[:, 100:] = 1  # a crop must begin at 76 or further right to have at least a quarter of each
-    for x, y, tries in crops(mask, 200, 60, "--flip", 1):
-        assert x.shape == (3, 32, 32) and x.dtype == torch.float32 and y.shape == (32, 32)
+    for x, y, tries in crops(mask, 200, 60, "--hflip", 1):
+        assert x.shape == (3, 32, 32) and x.dtype == torch.uint8 and y.shape == (32, 32)
         assert torch.equal(x[0] > 0, y == 1) and y[0, 0] >= y[0, -1]  # cut alike, and both flipped
         fits.append(0.25 <= (y == 1).float().mean() <= 0.75)
         assert fits[-1] or tries == 10
@@ -818,12 +831,12 @@ def test_evaluation_counts_each_known_pixel_once_at_the_label_maps_size_with_the
     image = mask.float().expand(1, 3, -1, -1).clone()
     image[..., 0, :10] = (image[..., 0, :10] + 1) % 4  # ten mistakes
     mask[:, 1] = 255
-    confusion = segment.evaluate(Oracle(), [(image, mask)] * 2, train.Processes())
+    confusion = segment.evaluate(Oracle(), [(image, mask)] * 2, train.Distributed(), lambda images: images)
     assert confusion.sum() == 2 * 36 * 50 and confusion.sum() - confusion.diag().sum() == 20
     large = mask.repeat_interleave(3, 1).repeat_interleave(3, 2)  # a label map of thrice the image's size
-    assert segment.evaluate(Oracle(), [(image, large)], train.Processes()).sum() == 9 * 36 * 50
+    assert segment.evaluate(Oracle(), [(image, large)], train.Distributed(), lambda images: images).sum() == 9 * 36 * 50
     with pytest.raises(train.UserError, match="no pixel with a label"):
-        segment.evaluate(Oracle(), [(image, mask * 0 + 255)], train.Processes())
+        segment.evaluate(Oracle(), [(image, mask * 0 + 255)], train.Distributed(), lambda images: images)
     logits = torch.randn(1, 7, 4, 3)
     assert torch.equal(segment.label_map(*logits, (9, 8)), F.interpolate(logits, (9, 8), mode="bilinear").argmax(1)[0])
 
@@ -846,7 +859,7 @@ def test_the_loss_is_a_mean_over_all_pixels_and_none_of_a_crop_without_labels():
     by_hand = -logits.log_softmax(1).gather(1, masks.clamp(max=2)[:, None])[1].sum() / 32
     torch.testing.assert_close(segment.segmentation_loss((logits, logits), masks), 1.4 * by_hand)
     data = type("Data", (list,), {"classes": "abc"})([(None, torch.tensor([0] * 99 + [255] * 9 + [1] * 24))])
-    weights = segment.class_weights(data, 0.5)
+    weights = segment.balanced_weights(data, 0.5)
     torch.testing.assert_close(weights, torch.tensor([0.1, 0.2, 1.0]) * 126 / (100 * 0.1 + 25 * 0.2 + 1))
     scaled = segment.segmentation_loss((logits, logits), masks.clamp(min=2), weights)  # class 2 and ignored alone
     torch.testing.assert_close(scaled, weights[2] * segment.segmentation_loss((logits, logits), masks.clamp(min=2)))
@@ -873,7 +886,8 @@ def test_the_scripts_compile_parts_of_one_shape_once_and_validate_without(monkey
         results.append([logits, *torch.autograd.grad((logits + auxiliary).square().mean(), list(model.parameters()))])
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
     assert stats["unique_graphs"] == 9  # a stem, a block for each stage, three downsamplings, the auxiliary head
-    segment.evaluate(compiled, [(torch.randn(1, 3, 40, 72), torch.zeros(1, 40, 72).byte())], train.Processes())
+    loader = [(torch.randn(1, 3, 40, 72), torch.zeros(1, 40, 72).byte())]
+    segment.evaluate(compiled, loader, train.Distributed(), lambda images: images)
     assert stats["unique_graphs"] == 9
 
 
@@ -917,13 +931,13 @@ def streets(tmp_path_factory):
 def arguments(data, out, *more):
     return [str(word) for word in (
         "--data", data, "--out", out, "--model", "nano", "--img-size", 32, "--epochs", 2, "--batch-size", 8,
-        "--lr", 1e-3, "--warmup", 0.5, "--ema", 0.9, "--device", "cpu", "--workers", 0, *more)]
+        "--lr", 1e-3, "--warmup-epochs", 0.5, "--model-ema-decay", 0.9, "--device", "cpu", "--workers", 0, *more)]
 
 
 def seg_arguments(data, out, *more):
     return [str(word) for word in (
         "--data", data, "--out", out, "--model", "nano", "--channels", 16, "--aux-channels", 8, "--crop-size", 32,
-        "--short-side", 40, "--iters", 6, "--eval-every", 3, "--warmup", 2, "--batch-size", 4, "--lr", 1e-3,
+        "--short-side", 40, "--iters", 6, "--eval-every", 3, "--warmup-iters", 2, "--batch-size", 4, "--lr", 1e-3,
         "--device", "cpu", "--workers", 0, *more)]
 
 
@@ -996,9 +1010,9 @@ def test_a_run_learns_says_how_far_it_is_and_leaves_a_log_checkpoints_and_a_comm
     out = tmp_path / "run"
     clock = itertools.count(0, 25)  # seconds from one look to the next
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
-    gently = {train: ("--epochs", 6, "--lr", 4e-3, "--mixup", 0, "--cutmix", 0, "--randaug", 0, 0, "--erasing", 0),
+    gently = {train: ("--epochs", 6, "--lr", 4e-3, "--mixup", 0, "--cutmix", 0, "--randaug", 0, 0, "--reprob", 0),
               segment: ("--iters", 80, "--eval-every", 40, "--lr", 2e-3, "--distort", 0, "--batch-size", 8,
-                        "--accum", 2, "--save-every", 7, "--slide")}[module]
+                        "--grad-accum-steps", 2, "--save-every", 7, "--slide")}[module]
     assert module.main(words(out, "--drop-path", 0, *gently)) == 0
     printed, log, best = capsys.readouterr().out, history(out), train.load_checkpoint(out / "best.pt")
     classes = ["ant", "bee", "cat"] if module is train else ["red", "green", "blue"]
@@ -1011,7 +1025,7 @@ def test_a_run_learns_says_how_far_it_is_and_leaves_a_log_checkpoints_and_a_comm
         assert [entry["step"] for entry in log] == [40, 80] and best["best"] == max(entry["miou"] for entry in log) > 80
         assert {"loss", "lr", "mean_acc", "pixel_acc", "images_per_s"} <= log[0].keys()
         assert list(log[0]["iou"]) == list(log[0]["acc"]) == classes
-    assert best["settings"]["classes"] == classes and best["settings"]["model"] == "nano" and "optimizer" not in best
+    assert best["config"]["classes"] == classes and best["config"]["model"] == "nano" and "optimizer" not in best
     assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
     told = re.findall(r"^step (\d+) of (\d+): loss \d\.\d+, lr .* images/s$", printed, re.MULTILINE)
     steps = [int(step) for step, _ in told]
@@ -1041,9 +1055,9 @@ def torchrun(processes, *options):
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
 
 
-def test_two_processes_validate_an_odd_number_of_images_as_one_does(streets, tmp_path, capsys):
+def test_distributed_validation_of_an_odd_number_of_images_is_that_of_one_process(streets, tmp_path, capsys):
     out = tmp_path / "run"
-    process = script(*seg_arguments(streets, out, "--batch-size", 8, "--accum", 2, "--slide", "--lr", 0.01),
+    process = script(*seg_arguments(streets, out, "--batch-size", 8, "--grad-accum-steps", 2, "--slide", "--lr", 0.01),
                      name="segment.py", launcher=torchrun(2))
     assert end_of(process).count("step      3/6") == 1 and train.load_checkpoint(out / "last.pt")["step"] == 6
     words = ["--eval", "--slide", "--weights", str(out / "last.pt"), "--data", str(streets), "--device", "cpu"]
@@ -1057,10 +1071,10 @@ def test_a_line_per_epoch_tells_an_accelerators_memory_and_the_share_of_its_arit
         max_memory_allocated = staticmethod(lambda: 3 * 2**29)
         get_device_name = staticmethod(lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch, "get_device_module", lambda device: Card)
-    run = train.argparse.Namespace(processes=train.Processes(count=2), model=visiongru_tiny(), dtype=torch.bfloat16,
-                                   rate=1e4, settings={"img_size": 224})
+    run = train.Namespace(distributed=train.Distributed(world_size=2), model=visiongru_tiny(), dtype=torch.bfloat16,
+                          rate=1e4, config={"img_size": 224})
     share = 3 * 2 * 4.87e9 * 1e4 / (2 * 989e12)  # forward and backward, of two cards
-    assert train.accelerator_use(run) == {"GiB": 1.5, "MFU": pytest.approx(share, rel=0.01)}
+    assert train.accelerator_usage(run) == {"GiB": 1.5, "MFU": pytest.approx(share, rel=0.01)}
 
 
 # The user's mistakes --------------------------------------------------------------------------------------------------
@@ -1082,32 +1096,33 @@ def test_folders_that_cannot_be_trained_on(train_classes, val_classes, message, 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_stops_the_run_with_its_path(workers, micro, tmp_path, capsys):
+def test_images_that_cannot_be_read_stop_the_run_with_their_path(workers, micro, tmp_path, capsys):
     data = picture_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 1, "b": 1})
     (data / "train" / "b" / "3.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit, match="2"):
-        train.run_script(lambda: train.main(arguments(data, tmp_path / "run", "--workers", workers)))
+        train.run_main(lambda: train.main(arguments(data, tmp_path / "run", "--workers", workers)))
     assert re.fullmatch("error: cannot read the image .*3.png: .*\n", capsys.readouterr().err)
 
 
 BACKBONE, TRAINED, SEGMENTED = "{finished}/best.pt", "--resume {finished}/last.pt", "--resume {segmented}/last.pt"
-GO_ON = ".*; go on as before, or begin a new run with --weights"
+KEEP_IT = ".*; keep it, or start a new run with --weights"
 
 
 @pytest.mark.parametrize("either, more, message", [  # `more` follows the arguments of a run, or "only"
-    ("train", "--accum 3", "--batch-size 8: expected a multiple of 6, for 1 processes x --accum 3 x the pairs of "),
+    ("train", "--grad-accum-steps 3",
+     "--batch-size 8: expected a multiple of 6, for 1 processes x --grad-accum-steps 3 x the pairs of "),
     ("train", "--device cuda:99", "--device cuda:99: "),
     ("train", "--lr nan", "--lr: expected a number of at least 0, not 'nan'"),
     ("train", "--weights absent.pt", "cannot open the checkpoint absent.pt: No such file"),
-    ("train", f"--resume {BACKBONE}", "weights only; resume a last.pt, or start from --weights"),
-    ("train", f"{TRAINED} --seed 3", f"seed was 0 and is now 3{GO_ON}"),
+    ("train", f"--resume {BACKBONE}", "only weights; resume a last.pt, or start from --weights"),
+    ("train", f"{TRAINED} --seed 3", f"seed was 0 and is now 3{KEEP_IT}"),
     ("train", TRAINED + " --data {tmp}/2", "trained on 3 classes and the data has 2"),
     ("train", TRAINED + " --data {tmp}/3", "train-images was 51 and is now 27"),
     ("train", f"only --eval --weights {BACKBONE} --data {{tmp}}/2 --device cpu", "on 3 classes and the data has 2"),
     ("train", "only --eval --device cpu", "need a checkpoint: --weights FILE"),
     ("train", "only --eval --weights x --lr 1", "--lr: does nothing with --eval"),
     ("train", "only --predict x.png --weights {segmented}/best.pt", "best.pt has no classifier"),
-    ("segment", "--batch-size 4 --accum 4", "a micro-batch would be one image, and BatchNorm needs two"),
+    ("segment", "--batch-size 4 --grad-accum-steps 4", "a micro-batch would be one image, and BatchNorm needs two"),
     ("segment", "--weights a --backbone-weights b", "--weights and --backbone-weights: give one of the two"),
     ("segment", f"--weights {BACKBONE}", "have no decoder"),
     ("segment", TRAINED, "last.pt was trained on other classes than the data's: 'ant' where it has 'red'"),
@@ -1116,7 +1131,7 @@ GO_ON = ".*; go on as before, or begin a new run with --weights"
     ("segment", "only --predict a/1.jpg b/1.jpg --weights {segmented}/best.pt", "a/1.jpg and b/1.jpg would be written"),
     ("segment", "only --num-classes 3", "--num-classes"),  # without --data
 ], indirect=["either"])
-def test_a_run_does_not_begin_with_what_makes_no_sense(either, more, message, finished, segmented, tmp_path):
+def test_options_that_make_no_sense_are_refused(either, more, message, finished, segmented, tmp_path):
     module, words, _ = either
     for classes in (["ant", "bee"], ["ant", "bee", "cat"]) if "{tmp}" in more else ():
         picture_folder(tmp_path / str(len(classes)), dict.fromkeys(classes, 9), dict.fromkeys(classes, 1))
@@ -1126,13 +1141,13 @@ def test_a_run_does_not_begin_with_what_makes_no_sense(either, more, message, fi
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_is_begun_over_an_earlier_run_or_what_is_left_of_one(finished, pictures, tmp_path):
+def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one(finished, pictures, tmp_path):
     for name, *auto in ("last.pt",), ("best.pt", ("--resume", "auto")), ("log.jsonl", ("--resume", "auto")):
         out = tmp_path / name / "run"
         out.mkdir(parents=True)
         (out / name).write_text("dear")
         for resume in (), ("--resume", finished / "last.pt"), *auto:
-            message = f"{name} is there from an earlier run: --resume auto goes on from its last.pt, another --out"
+            message = f"{name} already exists: continue from its last.pt with --resume auto or choose another --out"
             with pytest.raises(train.UserError, match=message):
                 train.main(arguments(pictures, out, "--drop-path", 0.2, *resume))
         assert (out / name).read_text() == "dear" and len(list(out.iterdir())) == 1
@@ -1185,8 +1200,8 @@ def crash(name, words, out, moments):
         stdout, stderr = process.communicate(timeout=100)
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), stderr
         if number != signal.SIGKILL:
-            assert "stopped by a signal, and saved: the same command with --resume auto goes on" in stdout
-            assert "stopping after this step; once more stops at once" in stderr and "Traceback" not in stderr
+            assert "stopped by a signal, and saved: continue with the same command and --resume auto" in stdout
+            assert "stopping and saving; a second signal stops at once" in stderr and "Traceback" not in stderr
         if steps or last.exists():
             before, steps = steps, train.load_checkpoint(last)["step"]
             assert steps >= before
@@ -1211,7 +1226,7 @@ def assert_same_end(out, alone):
 
 @pytest.mark.parametrize("either, moments", [("train", [2, "SIGINT", "writing"]), ("segment", [1, "SIGHUP"])],
                          indirect=["either"])
-def test_a_run_killed_or_told_to_stop_anywhere_ends_with_the_same_bits(either, moments, tmp_path):
+def test_resume_after_kills_and_signals_anywhere_ends_with_the_same_bits(either, moments, tmp_path):
     module, words, alone = either
     out = tmp_path / "run"
     crash(f"{module.__name__}.py", words(out, "--save-every", 1, "--workers", 1), out, moments)
@@ -1221,9 +1236,9 @@ def test_a_run_killed_or_told_to_stop_anywhere_ends_with_the_same_bits(either, m
 @pytest.mark.slow
 @pytest.mark.parametrize("name, words", [
     ("train.py", ("--epochs", 1, "--batch-size", 200, "--save-every", 1, "--workers", 1)),
-    ("segment.py", ("--iters", 80, "--eval-every", 40, "--warmup", 10, "--batch-size", 8, "--save-every", 1)),
+    ("segment.py", ("--iters", 80, "--eval-every", 40, "--warmup-iters", 10, "--batch-size", 8, "--save-every", 1)),
 ])
-def test_twenty_kills_on_the_built_in_set(name, words, tmp_path):
+def test_resume_after_twenty_kills_on_the_built_in_set(name, words, tmp_path):
     words = ["--device", "cpu", *words]
     end_of(script(*words, "--out", tmp_path / "alone", name=name))
     chance = random.Random(1)
@@ -1233,7 +1248,7 @@ def test_twenty_kills_on_the_built_in_set(name, words, tmp_path):
 
 
 @both_scripts
-def test_a_signal_during_validation_ends_it_and_a_resumed_run_begins_with_it(either, tmp_path, monkeypatch):
+def test_signals_during_validation_end_it_and_a_resumed_run_begins_with_it(either, tmp_path, monkeypatch):
     module, words, alone = either
     plain, seen = module.eval_transform, []
 
@@ -1253,7 +1268,7 @@ def children(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def test_a_run_goes_on_when_what_reads_its_output_is_gone_and_ends_with_an_error_when_a_loader_is(pictures, tmp_path):
+def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_its_loader(pictures, tmp_path):
     out = tmp_path / "run"
     process = script(*arguments(pictures, out, "--workers", 1, "--save-every", 1, "--epochs", 999))
     process.stdout.readline()
@@ -1263,12 +1278,12 @@ def test_a_run_goes_on_when_what_reads_its_output_is_gone_and_ends_with_an_error
     for loader in children(process):
         os.kill(loader, signal.SIGKILL)
     err = process.stderr.read()
-    assert process.wait(timeout=100) == 2 and "out of memory? A larger --accum" in err, err
+    assert process.wait(timeout=100) == 2 and "out of memory? More --grad-accum-steps" in err, err
     assert "Traceback" not in err and train.load_checkpoint(out / "last.pt")["step"] > 6
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_second_interrupt_stops_at_once(workers, tmp_path):
+def test_signals_given_twice_stop_at_once(workers, tmp_path):
     data = picture_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 1, "b": 1})
     (data / "train" / "b" / "3.png").unlink()
     os.mkfifo(data / "train" / "b" / "3.png")  # who reads it waits for ever: the step never ends
@@ -1281,7 +1296,7 @@ def test_a_second_interrupt_stops_at_once(workers, tmp_path):
     reader, = [process.pid] if workers == 0 else children(process)
     wait_for(lambda: "pipe" in Path(f"/proc/{reader}/wchan").read_text(), process)
     process.send_signal(signal.SIGINT)
-    while "stopping after this step" not in process.stderr.readline():
+    while "stopping and saving" not in process.stderr.readline():
         pass
     time.sleep(0.5)
     assert process.poll() is None
@@ -1312,7 +1327,7 @@ def ranks(launcher):
     return found
 
 
-def test_a_dead_rank_is_started_again_and_the_run_ends_as_if_undisturbed(pair, pictures, tmp_path):
+def test_distributed_a_dead_rank_is_started_again_and_the_run_ends_as_if_undisturbed(pair, pictures, tmp_path):
     out = tmp_path / "run"
     steps, dead = [], set()
     process = script(*arguments(pictures, out, "--save-every", 1, "--resume", "auto"),
@@ -1329,19 +1344,19 @@ def test_a_dead_rank_is_started_again_and_the_run_ends_as_if_undisturbed(pair, p
     assert_same_end(out, pair)
 
 
-def test_an_error_that_all_processes_meet_is_told_once(tmp_path):
+def test_distributed_an_error_that_all_processes_meet_is_reported_once(tmp_path):
     process = script("--data", tmp_path / "absent", "--device", "cpu", launcher=torchrun(2))
     _, err = process.communicate(timeout=100)
     assert process.returncode != 0 and err.count("error: --data") == 1
 
 
-def test_processes_that_read_different_checkpoints_are_told(finished, pictures):
-    class Two(train.Processes):
-        def sum(self, numbers):  # of this process and of another, which is one step on
-            return [2 * number + 1 for number in numbers]
+def test_distributed_processes_that_read_different_checkpoints_are_refused(finished, pictures):
+    class Two(train.Distributed):
+        def all_gather(self, value):  # from this process and from another, which is one step on
+            return [value, (value[0] + 1, value[1])]
     args = train.parse_arguments(arguments(pictures, finished, "--drop-path", 0.2, "--resume", "auto"))
-    with pytest.raises(train.UserError, match="see different .*last.pt: --out must be a folder that all share"):
-        train.train(args, Two(count=2))
+    with pytest.raises(train.UserError, match="see different .*last.pt: --out must be on storage shared by all"):
+        train.train(args, Two(world_size=2))
 
 
 # Two hosts with a cable between them: two network, host name and mount namespaces, made without a privilege.
@@ -1358,7 +1373,7 @@ CABLE = shutil.which("unshare") and subprocess.run(
     ["unshare", "-rnum", "ip", "link", "add", "left", "type", "veth"], capture_output=True).returncode == 0
 
 
-def test_two_hosts_end_with_the_weights_of_one(pair, pictures, tmp_path):
+def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 first\n10.99.0.2 second\n")
     words = arguments(pictures, tmp_path / "run", "--resume", "auto")
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
@@ -1382,13 +1397,14 @@ def test_two_hosts_end_with_the_weights_of_one(pair, pictures, tmp_path):
     ([(4, 2, 1)], 1),
     pytest.param([(p, a, w) for p in (1, 2, 4) for a in (1, 2, 4) for w in (0, 1, 4)][1:], 5, marks=pytest.mark.slow)],
     ids=["ten steps, four processes", "fifty steps, all 27 shapes"])
-def test_steps_have_the_same_losses_in_any_shape_of_the_machine(shapes, epochs, tmp_path):
+def test_reproducible_losses_in_any_shape_of_the_machine(shapes, epochs, tmp_path):
     """The whole recipe is on: random crops, RandAugment, erasing, mixup and cutmix; drop-path is not."""
     data = picture_folder(tmp_path / "data", dict(ant=107, bee=107, cat=107), dict(ant=5, bee=4, cat=4))
     largest = 0.0
     for count, accum, workers in [(1, 1, 0), *shapes]:
         out = tmp_path / f"{count}-{accum}-{workers}"
-        words = arguments(data, out, "--accum", accum, "--workers", workers, "--batch-size", 32, "--epochs", epochs)
+        words = arguments(data, out, "--grad-accum-steps", accum, "--workers", workers, "--batch-size", 32,
+                          "--epochs", epochs)
         if count == 1:
             assert train.main(words) == 0
         else:
@@ -1403,22 +1419,22 @@ def test_steps_have_the_same_losses_in_any_shape_of_the_machine(shapes, epochs, 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @both_scripts
-def test_every_shape_of_the_machine_sees_the_same_images_augmented_and_mixed_alike(either):
+def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machine(either):
     module, words, _ = either
     seen, shapes = {}, [(p, a, 0) for p in (1, 2, 4) for a in (1, 2, 4)] + [(1, 1, 1), (1, 1, 4), (2, 1, 1), (1, 4, 4)]
     for count, accum, workers in shapes:
-        args = module.parse_arguments(words("out", "--batch-size", 32, "--accum", accum, "--workers", workers))
+        more = "--batch-size", 32, "--grad-accum-steps", accum, "--workers", workers
+        args = module.parse_arguments(words("out", *more))
         data, = module.open_data(args, ["train" if module is train else "training"])
         data.transform = train.train_transform(args) if module is train else segment.TrainTransform(args)
-        mix = train.batch_transform(args, 3) if module is train else lambda images, masks, step: (images, masks)
+        augment = train.batch_augmentation(args, 3) if module is train else lambda images, masks, *_: (images, masks)
+        normalize = train.normalizer(torch.device("cpu"))
         items = []
         for rank in range(count):
-            processes = train.Processes(rank, count)
-            batches = train.training_batches(range(5, 7), args, processes)
-            loader = train.make_loader(train.Stream(data, args.seed), workers, processes, batch_sampler=batches)
+            loader = train.training_loader(data, range(5, 7), args, train.Distributed(rank, count))
             for number, (images, targets) in enumerate(loader):
-                step = 5 + number // accum
-                images, targets = mix(images, targets, step)
+                step, first = 5 + number // accum, (rank * accum + number % accum) * len(images)
+                images, targets = augment(normalize(images), targets, step, first)
                 items += [(step, image.numpy().tobytes(), target.numpy().tobytes())
                           for image, target in zip(images, targets)]
         seen[count, accum, workers] = sorted(items)
@@ -1437,7 +1453,7 @@ def begun(out, alone, step, **more):
 
 
 @both_scripts
-def test_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(either, tmp_path, capsys):
+def test_disk_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(either, tmp_path, capsys):
     module, words, alone = either
     out = tmp_path / "run"
     begun(out, alone, 2)
@@ -1446,7 +1462,7 @@ def test_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # files of up to a megabyte, as with `ulimit -f`
     try:
         with pytest.raises(SystemExit) as end:
-            train.run_script(lambda: module.main(words(out, "--resume", "auto", "--save-every", 1)))
+            train.run_main(lambda: module.main(words(out, "--resume", "auto", "--save-every", 1)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     err = capsys.readouterr().err
@@ -1454,15 +1470,15 @@ def test_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(
     assert (out / "last.pt").read_bytes() == before and [path.name for path in out.iterdir()] == ["last.pt"]
 
 
-def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path):
+def test_disk_full_is_named_and_what_was_there_stays(tmp_path):
     (tmp_path / "file").write_text("dear")
     (tmp_path / "file.tmp").symlink_to("/dev/full")  # a device on which there is never any space
-    with pytest.raises(train.UserError, match="cannot write .*file: No space left on device; one .* is still there"):
-        train.write_whole(tmp_path / "file", bytes(10**6))
+    with pytest.raises(train.UserError, match="cannot write .*file: No space left on device; .* is unchanged"):
+        train.atomic_write(tmp_path / "file", bytes(10**6))
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "dear"
 
 
-def test_a_folder_that_cannot_be_written_to_is_found_before_training(segmented, pictures, streets, tmp_path):
+def test_disk_a_folder_that_cannot_be_written_to_is_found_before_training(segmented, pictures, streets, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "sealed").mkdir(mode=0o500)
     outs = [tmp_path / "file", tmp_path / "file" / "run"]  # and /sys is one where not even root can write
@@ -1576,7 +1592,7 @@ def write_image(name, folder):
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_an_image_is_read_as_a_person_sees_it_or_refused_with_its_path_and_the_reason(name, tmp_path):
+def test_images_are_read_as_a_person_sees_them_or_refused_with_path_and_reason(name, tmp_path):
     path, (_, _, expected, pixels) = write_image(name, tmp_path), IMAGES[name]
     if isinstance(expected, str):
         with pytest.raises(train.UserError, match=f"^cannot read the image {re.escape(str(path))}: .*({expected})"):
@@ -1588,7 +1604,7 @@ def test_an_image_is_read_as_a_person_sees_it_or_refused_with_its_path_and_the_r
         assert image.getpixel(place) == pytest.approx(colour, abs=3)
 
 
-def test_every_readable_image_can_be_trained_on_and_predicted(finished, segmented, tmp_path, capsys):
+def test_images_that_can_be_read_can_be_trained_on_and_predicted(finished, segmented, tmp_path, capsys):
     args, whole = (train.parse_arguments(arguments("x", "x", "--crop-scale", share)) for share in (0.08, 1))
     seg_args, out = segment.parse_arguments(seg_arguments("x", "x")), tmp_path / "out"
     refused = [str(write_image(name, tmp_path)) for name, row in IMAGES.items() if row[3] is None]
@@ -1637,7 +1653,7 @@ def flipped(data, place):
 
 DAMAGED = 3 * ["not written by torch.save, or it is damaged"]
 CODE = 3 * ["holds Python objects, and loading those executes code.*keep its tensors"]
-NONE = 3 * ["holds no checkpoint of these scripts, and no state dict"]
+NONE = 3 * ["is neither a checkpoint of these scripts nor a state dict"]
 # What is made of the bytes and of the contents of a good checkpoint, and why it is then refused with --resume, with
 # --weights for training, and with --weights for predicting; None: it is used.
 CHECKPOINTS = {
@@ -1655,11 +1671,11 @@ CHECKPOINTS = {
                           ["does not fit: .*loaded state dict has a different number of param", None, None]),
     "no log":            (lambda data, c: saved({key: c[key] for key in c if key != "log"}),
                           ["does not fit: KeyError: 'log'", None, None]),
-    "no settings":       (lambda data, c: saved({**c, "settings": {}}), ["KeyError: 'classes'", None, None]),
-    "strange settings":  (lambda data, c: saved({**c, "settings": 7}), NONE),
-    "an unknown model":  (lambda data, c: saved({**c, "settings": {**c["settings"], "model": "vast"}}),
+    "no settings":       (lambda data, c: saved({**c, "config": {}}), ["KeyError: 'classes'", None, None]),
+    "strange settings":  (lambda data, c: saved({**c, "config": 7}), NONE),
+    "an unknown model":  (lambda data, c: saved({**c, "config": {**c["config"], "model": "vast"}}),
                           ["model was vast and is now nano", None, "a model called 'vast'; expected one of nano"]),
-    "weights alone":     (lambda data, c: saved(c["model"]), ["weights only; resume a last.pt", None, None]),
+    "weights alone":     (lambda data, c: saved(c["model"]), ["only weights; resume a last.pt", None, None]),
 }
 
 
@@ -1671,7 +1687,7 @@ def saved(thing, **how):
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_a_checkpoint_is_used_or_refused_with_its_path_and_the_reason(kind, finished, pictures, tmp_path, monkeypatch):
+def test_checkpoints_are_used_or_refused_with_path_and_reason(kind, finished, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make, reasons = CHECKPOINTS[kind]
     content = train.load_checkpoint(finished / "last.pt")
@@ -1689,7 +1705,7 @@ def test_a_checkpoint_is_used_or_refused_with_its_path_and_the_reason(kind, fini
     assert not Path("trap").exists()
 
 
-def test_a_flipped_bit_is_found_or_does_no_harm(tmp_path):
+def test_checkpoints_with_a_flipped_bit_are_refused_or_unharmed(tmp_path):
     content = {"model": VisionGRU(3, **SMALL).state_dict(), "step": 3, "args": {"lr": 0.1}}
     data, chance, found = saved(content), random.Random(0), 0
     for _ in range(300):
@@ -1711,7 +1727,7 @@ def chosen(values, *shape, dtype):
 
 @each_scan
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
+def test_finite_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
     gru = MinGRU(2, expansion=1, scan=scan)
     gru.in_proj = torch.nn.Identity()
     least, most = torch.finfo(dtype).tiny, min(torch.finfo(dtype).max, 1e30)
@@ -1728,7 +1744,7 @@ def test_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
             assert not any(t.isnan().any() for t in (*outputs, *grads)), (T, reverse, inputs)
 
 
-def test_a_run_goes_on_in_another_folder_in_fp16_and_skips_gradients_that_overflow(finished, pictures, tmp_path):
+def test_resume_in_another_folder_in_fp16_skips_gradients_that_overflow(finished, pictures, tmp_path):
     begun(tmp_path / "from", finished, 0, scaler={"scale": 2.0**30, "growth_factor": 2.0, "backoff_factor": 0.5,
                                                    "growth_interval": 2000, "_growth_tracker": 0})
     assert train.main(arguments(pictures, tmp_path / "to", "--drop-path", 0.2, "--amp", "fp16", "--epochs", 4,
@@ -1742,18 +1758,19 @@ def test_a_run_goes_on_in_another_folder_in_fp16_and_skips_gradients_that_overfl
 
 @pytest.mark.parametrize("more, unsound, reason", [
     (["--lr", 1e39], lambda model: None, "the weights are no longer finite after step 2"),
-    (["--lr", 1e4, "--warmup", 0, "--amp", "fp16"], lambda model: None, "(the loss is .*|finite after) step "),
-    (["--ema", 0], lambda model: model.head.register_forward_hook(lambda head, x, logits: logits * math.nan),
-     "the loss is nan, .* at step 1 of 12, learning rate"),
+    (["--lr", 1e4, "--warmup-epochs", 0, "--amp", "fp16"], lambda model: None, "(the loss is .*|finite after) step "),
+    (["--model-ema-decay", 0],
+     lambda model: model.head.register_forward_hook(lambda head, x, logits: logits * math.nan),
+     "the loss is nan at step 1 of 12, learning rate"),
     (["--amp", "fp16", "--epochs", 8], lambda model: model.head.weight.register_hook(lambda grad: grad * math.nan),
      "its gradients are not finite at any scale, at step 36 of 48")])
-def test_what_is_not_finite_ends_the_run_and_is_not_saved(more, unsound, reason, pictures, tmp_path, monkeypatch):
+def test_finite_or_else_the_run_ends_and_nothing_is_saved(more, unsound, reason, pictures, tmp_path, monkeypatch):
     def make(**kw):
         model = micro_model(**kw)
         unsound(model)
         return model
     monkeypatch.setitem(train.MODELS, "nano", make)
-    with pytest.raises(train.UserError, match=f"{reason}.*; .*last.pt was not written over") as error:
+    with pytest.raises(train.UserError, match=f"{reason}.*; .*last.pt is unchanged") as error:
         train.main(arguments(pictures, tmp_path / "run", "--save-every", 1, *more))
     step = int(re.search(r"step (\d+)", str(error.value))[1])
     last = tmp_path / "run" / "last.pt"
@@ -1771,22 +1788,23 @@ COMMON = {
     "--weights": ["classifier.pt", "segmenter.pt", "weights.pt", "broken.pt", "absent.pt", "empty", ""],
     "--resume": ["auto", "classifier.pt", "segmenter.pt", "broken.pt", "absent.pt", ""],
     "--out": ["new", "file", "file/new", "classifier", "segmenter", ""],
-    "--batch-size": ["4", "2", "1", "3", *NUMBERS], "--accum": ["2", "1", "3", *NUMBERS], "--lr": NUMBERS,
-    "--weight-decay": NUMBERS, "--warmup": NUMBERS, "--drop-path": NUMBERS, "--flip": NUMBERS, "--seed": NUMBERS,
-    "--betas": ["0.9 0.99", "0 0", "1 1", "0.9", "nan 0", "x y"],
+    "--batch-size": ["4", "2", "1", "3", *NUMBERS], "--grad-accum-steps": ["2", "1", "3", *NUMBERS], "--lr": NUMBERS,
+    "--weight-decay": NUMBERS, "--drop-path": NUMBERS, "--hflip": NUMBERS, "--seed": NUMBERS,
+    "--opt-betas": ["0.9 0.99", "0 0", "1 1", "0.9", "nan 0", "x y"],
     "--device": ["cpu", "cpu:1", "cuda", "cuda:-1", "cuda:7", "tpu", "meta", "", "auto"],
-    "--amp": ["auto", "bf16", "fp16", "off", "fp8"], "--checkpoint": [""], "--compile": [""],
+    "--amp": ["", "auto", "bf16", "fp16", "off", "fp8"], "--grad-checkpointing": [""], "--compile": [""],
     "--workers": ["0", "1", "-1", "x"], "--save-every": ["1", "0", "-1", "1e3"], "--eval": [""],
     "--predict": ["file", "plain.png", "plain.png half.jpg", "absent.png", "empty", "plain.png plain.png"],
     "--img-size": ["32", "33", "31", "1000000", "-1", "x"], "--nonsense": ["1"], "stray": [""],
 }
 FUZZED = {
     "train": (train, arguments, "pictures", COMMON | {
-        "--epochs": ["1", "2", "0", "-1", "x"], "--val-resize": ["32", "40", "31", "0", "x"], "--crop-scale": NUMBERS,
-        "--randaug": ["0 0", "2 9", "1 30", "1 31", "-1 0", "2"], "--erasing": NUMBERS, "--mixup": NUMBERS,
-        "--cutmix": NUMBERS, "--smoothing": NUMBERS, "--ema": NUMBERS}),
+        "--epochs": ["1", "2", "0", "-1", "x"], "--warmup-epochs": NUMBERS, "--val-resize": ["32", "40", "31", "x"],
+        "--crop-scale": NUMBERS, "--randaug": ["0 0", "2 9", "1 30", "1 31", "-1 0", "2"], "--reprob": NUMBERS,
+        "--mixup": NUMBERS, "--cutmix": NUMBERS, "--smoothing": NUMBERS, "--model-ema-decay": NUMBERS}),
     "segment": (segment, seg_arguments, "streets", COMMON | {
-        "--iters": ["1", "2", "0", "-1", "x"], "--eval-every": ["1", "2", "0"], "--num-classes": ["3", "2", *NUMBERS],
+        "--iters": ["1", "2", "0", "-1", "x"], "--warmup-iters": NUMBERS, "--eval-every": ["1", "2", "0"],
+        "--num-classes": ["3", "2", *NUMBERS],
         "--zero-is-ignore": [""], "--no-zero-is-ignore": [""], "--ignore-label": ["255", "0", "3", *NUMBERS],
         "--channels": ["8", "0", "x"], "--aux-channels": ["8", "-8"], "--short-side": ["32", "31", "100", "x"],
         "--scale": ["1 1", "0.5 2", "2 1", "0 1", "nan 1", "1 inf", "1e300 1e300", "1e-300 1"],
@@ -1804,8 +1822,8 @@ def command_line(options, chance):
 
 @pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FUZZED)
-def test_any_command_line_ends_with_0_or_2_and_never_a_traceback(name, count, micro, pictures, streets, tmp_path,
-                                                                 monkeypatch, capsys):
+def test_options_any_command_line_ends_with_0_or_2_and_never_a_traceback(
+        name, count, micro, pictures, streets, tmp_path, monkeypatch, capsys):
     module, make, data, options = FUZZED[name]
     monkeypatch.chdir(tmp_path)
     shapes, scenes = train.Shapes, segment.Scenes
@@ -1827,7 +1845,7 @@ def test_any_command_line_ends_with_0_or_2_and_never_a_traceback(name, count, mi
             base = ["--weights", {"train": "classifier.pt", "segment": "segmenter.pt"}[name], "--device", "cpu"]
         words = [*(base if chance.random() < 0.8 else base[2:]), *words]
         with pytest.raises(SystemExit) as end:
-            train.run_script(lambda: module.main(words))  # with 1 for an error that it does not know
+            train.run_main(lambda: module.main(words))  # with 1 for an error that it does not know
         captured = capsys.readouterr()
         statuses.append(end.value.code)
         assert end.value.code in (0, 2) and "Traceback" not in captured.err, f"{words}\n{captured.err}"

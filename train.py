@@ -6,24 +6,28 @@
     python train.py --eval --weights best.pt --data DIR                 accuracy of a checkpoint
     python train.py --predict cat.jpg --weights best.pt                 top-5 classes of images
 
-`train` is the whole story. What it calls follows in the order of the story: the run, which segment.py uses too; data;
-processes; files; arguments and errors; and at the end the built-in set.
+Part I is a training script to read from top to bottom: `train`, the training step below it, evaluation, prediction,
+data, options. Part II is the engine that segment.py shares: runs and checkpoints, signals, processes, files, errors.
 
---batch-size is the number of images per optimizer step over all processes, so that the recipe is the same for any
-number of them. All randomness is seeded by the number of the step or image, so that results do not depend on the
-number of workers, and a run that was stopped and resumed ends as if it had not been.
+--batch-size is the global batch, the number of images per optimizer step over all processes, so the recipe does not
+depend on how many there are. Everything random is seeded by the run's seed and the number of the step or image. Results
+therefore do not depend on the number of workers, and a run that is stopped and resumed ends as if it had not been.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import multiprocessing
 import os
+import random
 import re
 import signal
 import sys
@@ -31,16 +35,24 @@ import tempfile
 import time
 import traceback
 import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+# GNU OpenMP's threads wait for work by spinning, which beside other busy processes makes a step forty times slower. A
+# short spin costs nothing on a free machine. The variable is read when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
@@ -50,413 +62,200 @@ from tqdm import tqdm
 import visiongru
 
 MODELS = {"nano": visiongru.visiongru_nano, "tiny": visiongru.visiongru_tiny, "base": visiongru.visiongru_base}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, from 0 to 1
 
 
-# Train, evaluate, predict ---------------------------------------------------------------------------------------------
+# ======================================================================================================================
+# Part I. Training a classifier
+# ======================================================================================================================
 
-def train(args, processes):
-    """Train a classifier as `args` say, and leave the best in OUT/best.pt."""
+def train(args: Namespace, distributed: Distributed) -> None:
+    """Train a classifier as `args` say, and leave the weights that validate best in OUT/best.pt."""
+    device, world_size = distributed.device, distributed.world_size
+
     # Data
     train_data, val_data = open_data(args, ("train", "val"))
-    classes = train_data.classes
-    epoch_steps = max(1, len(train_data) // args.batch_size)
-    steps = args.epochs * epoch_steps
-    mixes = bool(args.mixup or args.cutmix)  # pairs of images, which must lie in one micro-batch
-    micro_batch = images_per_micro_batch(args, processes, multiple=2 if mixes else 1)
-    mix = batch_transform(args, len(classes))
+    train_data.transform, val_data.transform = train_transform(args), eval_transform(args.img_size, args.val_resize)
+    num_classes, mixes = len(train_data.classes), bool(args.mixup or args.cutmix)
+    micro_batch_size = split_batch(args, world_size, multiple=2 if mixes else 1)  # images are mixed in pairs
+    steps_per_epoch = max(1, len(train_data) // args.batch_size)
+    total_steps = args.epochs * steps_per_epoch
 
-    # Model, optimizer, learning rate
+    # Model, moving average, optimizer, learning rate
     torch.manual_seed(args.seed)
-    model = MODELS[args.model](num_classes=len(classes), drop_path=args.drop_path,
-                               grad_checkpointing=args.checkpoint)
-    if args.weights and not file_to_resume(args):  # a resumed run has weights of its own
-        fill_model(model, load_checkpoint(args.weights), args.weights, processes.say)
-    model.to(processes.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.betas), fused=True,
-                                  weight_decay=args.weight_decay)
-    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, args.warmup * epoch_steps))
-    run = Run(args, processes, model, optimizer, scheduler, steps, train_data)
-    processes.say(f"{len(classes)} classes; {len(train_data):,} training and {len(val_data):,} validation images of "
-                  f"{args.img_size} px; epochs x steps x images: {args.epochs} x {epoch_steps} x {args.batch_size}")
+    model = MODELS[args.model](num_classes=num_classes, drop_path=args.drop_path,
+                               grad_checkpointing=args.grad_checkpointing)
+    if args.weights and not checkpoint_to_resume(args):  # a resumed run has weights of its own
+        load_weights(model, load_checkpoint(args.weights), args.weights, distributed.print)
+    model.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema_decay else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.opt_betas),
+                                  weight_decay=args.weight_decay, fused=True)
+    warmup_steps = args.warmup_epochs * steps_per_epoch
+    scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, total_steps, warmup_steps))
 
-    # Loop
-    train_data.transform = train_transform(args)
-    val_data.transform = eval_transform(args.img_size, args.val_resize)
-    batches, val_loader = run.loaders(train_data, val_data, micro_batch)
+    # The run: first its state, new or resumed, then what wraps the model
+    run = Run(args, distributed, train_data, total_steps, model=model, ema=ema, optimizer=optimizer,
+              scheduler=scheduler)
+    run.start_or_resume()
+    install_signal_handlers(distributed)
+    if compiles(args, device):
+        compile_parts(model, distributed.print)
+    ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
+    distributed.print(f"{num_classes} classes; {len(train_data):,} training and {len(val_data):,} validation images of "
+                      f"{args.img_size} px; {args.epochs} epochs of {steps_per_epoch} steps of {args.batch_size}")
+    train_batches = iter(training_loader(train_data, range(run.step, total_steps), args, distributed))
+    val_loader = validation_loader(val_data, micro_batch_size, args, distributed)
+    normalize, augment = normalizer(device), batch_augmentation(args, num_classes)
 
-    def loss_of(images, labels):
-        images, labels = mix(images, labels, run.step)
-        return F.cross_entropy(run.network(images), labels, label_smoothing=args.smoothing)
+    def loss_fn(images: Tensor, labels: Tensor, first: int) -> Tensor:
+        images, targets = augment(normalize(images), labels, run.step, first)
+        return F.cross_entropy(ddp_model(images), targets, label_smoothing=args.smoothing)
 
-    while run.validated < steps:
-        epoch = run.validated // epoch_steps + 1  # the same one after a stop in its midst
-        run.take_steps(epoch * epoch_steps, batches, loss_of)
-        scores = {"model": evaluate(model, val_loader, processes, run.autocast)}
-        if run.ema:
-            scores["ema"] = evaluate(run.ema.module, val_loader, processes, run.autocast)
+    for epoch in range(run.validated // steps_per_epoch, args.epochs):
+        ddp_model.train()
+        for _ in run.steps(until=(epoch + 1) * steps_per_epoch):
+            train_step(run, ddp_model, train_batches, loss_fn)
+        models = {"model": model, "ema": ema} if ema else {"model": model}
+        scores = run.validate(lambda: evaluate(models, val_loader, distributed, normalize, run.autocast))
         better = max(scores, key=lambda name: scores[name]["top1"])
-        words = "  ".join(f"{name}: top-1 {s['top1']:.2f} top-5 {s['top5']:.2f}" for name, s in scores.items())
-        of_average = {f"ema_{key}": value for key, value in scores.get("ema", {}).items()}
-        run.record({"epoch": epoch, **scores["model"], **of_average}, f"epoch {epoch:3d}/{args.epochs}  {words}",
-                   scores[better]["top1"], better)
-    processes.say(f"done: {run.out / 'best.pt'} has top-1 {run.best:.2f} %. To evaluate it:\n  python train.py --eval "
-                  f"--weights {run.out / 'best.pt'}" + (f" --data {args.data}" if args.data else ""))
+        text = "  ".join(f"{name}: top-1 {s['top1']:.2f} top-5 {s['top5']:.2f}" for name, s in scores.items())
+        ema_scores = {f"ema_{key}": value for key, value in scores.get("ema", {}).items()}
+        run.record({"epoch": epoch + 1, **scores["model"], **ema_scores},
+                   f"epoch {epoch + 1:3d}/{args.epochs}  {text}", scores[better]["top1"], better)
+    distributed.print(f"done: {run.out / 'best.pt'} has top-1 {run.best:.2f} %. To evaluate it:\n  python train.py "
+                      f"--eval --weights {run.out / 'best.pt'}" + (f" --data {args.data}" if args.data else ""))
 
 
-def warmup_cosine(step, steps, warmup):
-    """The learning rate at `step` of `steps`, its peak being 1: linear from 0 over `warmup` steps, then cosine to 0."""
-    if step < warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def train_step(run: Run, ddp_model: nn.Module, batches: Iterator, loss_fn: Callable) -> None:
+    """One optimizer step, over --grad-accum-steps micro-batches (inputs, targets) from `batches`.
 
+    loss_fn(inputs, targets, first) -> the mean loss of a micro-batch whose first image is number `first` of the step's
+    --batch-size. Nothing here waits for the device: the loss is read after the next step, by `Run.steps`.
+    """
+    args, device = run.args, run.distributed.device
+    step_loss = torch.zeros((), device=device)
+    for micro_step in range(args.grad_accum_steps):
+        inputs, targets = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+        chunk = run.distributed.rank * args.grad_accum_steps + micro_step  # of the step's images
+        torch.manual_seed(random_seed(args.seed, "step", run.step, chunk))  # for dropout and stochastic depth
+        # Gradients are all-reduced once per step, in the backward pass of its last micro-batch.
+        is_last = micro_step == args.grad_accum_steps - 1
+        with contextlib.nullcontext() if is_last or ddp_model is run.model else ddp_model.no_sync():
+            with run.autocast():
+                loss = loss_fn(inputs, targets, chunk * len(inputs)) / args.grad_accum_steps
+            run.scaler.scale(loss).backward()
+        step_loss += loss.detach()
+    run.report_loss(step_loss)
+    run.scaler.step(run.optimizer)  # in fp16 it skips a step whose gradients overflow
+    run.scaler.update()             # and halves the scale
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scheduler.step()
+    if run.ema:
+        update_ema(run.ema, run.model, args.model_ema_decay)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the parameters of `ema` towards the model's: ema = decay * ema + (1 - decay) * model. Buffers are copied.
+    (torch.optim.swa_utils.AveragedModel waits for the device in each step.)"""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for ours, theirs in zip(ema.buffers(), model.buffers()):
+        ours.copy_(theirs)
+
+
+def warmup_cosine(step: int, total_steps: int, warmup_steps: float) -> float:
+    """The learning rate as a fraction of its peak: linear from 0 during warm-up, then a cosine to 0."""
+    if step < warmup_steps:
+        return step / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+# Evaluation and prediction --------------------------------------------------------------------------------------------
 
 @torch.compiler.set_stance("force_eager")  # --compile is for training: here images may have any size
 @torch.inference_mode()
-def evaluate(model, loader, processes, autocast=contextlib.nullcontext):
-    """-> the mean loss, and top-1 and top-5 accuracy in percent (100 for five classes or fewer), exact over all
-    processes. Raises Stopped if one of them is told to stop."""
-    model.eval()
-    loss = top1 = top5 = count = 0
+def evaluate(models: dict[str, nn.Module], loader: Iterable, distributed: Distributed, normalize: Callable,
+             autocast: Callable = contextlib.nullcontext) -> dict[str, dict[str, float]]:
+    """Score several models in one pass over the data.
+
+    -> for each name the mean loss, and top-1 and top-5 accuracy in percent (100 for five classes or fewer), exact over
+    all processes. Raises Stopped if one of them was told to stop.
+    """
+    sums, count = {name: [torch.zeros(3, device=distributed.device)] for name in models}, 0
     for images, labels in loader:
-        if processes.heard:
+        if distributed.stop_signal:
             break
-        images = images.to(processes.device, memory_format=torch.channels_last, non_blocking=True)
-        labels = labels.to(processes.device, non_blocking=True)
-        with autocast():
-            logits = model(images).float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        top1 += hits[:, 0].sum().item()
-        top5 += hits.sum().item()
+        images, labels = (tensor.to(distributed.device, non_blocking=True) for tensor in (images, labels))
+        images = normalize(images)
+        for name, model in models.items():
+            model.eval()
+            with autocast():
+                logits = model(images).float()
+            correct = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums[name].append(torch.stack([loss, correct[:, 0].sum(), correct.sum()]))
         count += len(labels)
-    loss, top1, top5, count = processes.sum([loss, top1, top5, count])
-    processes.stop_if_told()
-    return {"val_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    totals = [torch.stack(batches).to("cpu").double().sum(0) for batches in sums.values()]  # the first wait for a GPU
+    *totals, count = distributed.all_reduce([*torch.cat(totals).tolist(), count])
+    distributed.raise_if_stopped()
+    return {name: {"val_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+            for name, loss, top1, top5 in zip(models, totals[::3], totals[1::3], totals[2::3])}
 
 
-def evaluate_checkpoint(args, processes):
-    model, transform = model_from_checkpoint(args)
+def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
+    """Print the accuracy of the checkpoint --weights on the validation images."""
+    model, normalize = model_from_checkpoint(args, distributed.device)
     [data] = open_data(args, ["val"])
     check_classes(args.classes or [None] * model.num_classes, data.classes, args.weights)
-    data.transform = transform
-    loader = evaluation_loader(data, max(1, args.batch_size // processes.count), args, processes)
-    loader = tqdm(loader, unit="batch", leave=False, disable=processes.rank > 0 or None)
-    model.to(processes.device, memory_format=torch.channels_last)
-    scores = evaluate(model, loader, processes, precision(args.amp, processes.device)[1])
-    processes.say(f"{args.weights}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, loss "
-                  f"{scores['val_loss']:.4f} ({len(data):,} images)")
+    data.transform = eval_transform(args.img_size, args.val_resize)
+    loader = validation_loader(data, max(1, args.batch_size // distributed.world_size), args, distributed)
+    loader = tqdm(loader, unit="batch", leave=False, disable=distributed.rank > 0 or None)
+    _, autocast = precision(args.amp, distributed.device)
+    scores = evaluate({"model": model}, loader, distributed, normalize, autocast)["model"]
+    distributed.print(f"{args.weights}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, loss "
+                      f"{scores['val_loss']:.4f} ({len(data):,} images)")
 
 
 @torch.inference_mode()
-def predict(args, processes):
-    """Print the top-5 classes of images. One that cannot be read is reported; the rest are still processed."""
-    model, transform = model_from_checkpoint(args)
-    model.to(processes.device, memory_format=torch.channels_last).eval()
-    _, autocast = precision(args.amp, processes.device)
+def predict(args: Namespace, distributed: Distributed) -> int:
+    """Print the top-5 classes of images. -> the exit status: 2 if an image could not be read. Such an image is reported
+    and the rest are still processed."""
+    model, normalize = model_from_checkpoint(args, distributed.device)
+    transform = eval_transform(args.img_size, args.val_resize)
+    _, autocast = precision(args.amp, distributed.device)
     unread = 0
-    for path in args.predict[processes.rank::processes.count]:
+    for path in args.predict[distributed.rank::distributed.world_size]:
         try:
-            image = transform(read_image(path))[None].to(processes.device)
+            image = transform(read_image(path))[None].to(distributed.device)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             unread += 1
             continue
         with autocast():
-            probabilities = model(image).float().softmax(dim=1)[0]
+            probabilities = model(normalize(image)).float().softmax(dim=1)[0]
         top = probabilities.topk(min(5, len(probabilities)))
         print(path)
         for p, k in zip(top.values.tolist(), top.indices.tolist()):
             print(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}")
-    [unread] = processes.sum([unread])  # wait for all: torchrun ends the rest when one exits with an error
+    [unread] = distributed.all_reduce([unread])  # wait for all: torchrun kills the rest when one exits with an error
     return 2 if unread else 0
 
 
-def model_from_checkpoint(args):
-    """The model of the checkpoint --weights, and its preprocessing. The names of its classes come into args.classes
-    (None for a bare state dict)."""
+def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Module, Callable]:
+    """-> the model of the checkpoint --weights, ready to use, and its normalization. Its class names are put into
+    args.classes (None for a bare state dict)."""
     weights = open_checkpoint(args, img_size=224, val_resize=256, mean=MEAN, std=STD, classes=None)
     if "head.weight" not in weights:
         raise UserError(f"{args.weights} has no classifier")
     model = MODELS[args.model](num_classes=len(weights["head.weight"]))
-    fill_model(model, weights, args.weights)
-    return model, eval_transform(args.img_size, args.val_resize, args.mean, args.std)
+    load_weights(model, weights, args.weights)
+    return model.to(device, memory_format=torch.channels_last).eval(), normalizer(device, args.mean, args.std)
 
 
-# A run: how it steps, saves, stops and goes on -----------------------------------------------------------------------
+# Data: images travel as uint8, a quarter of the bytes, and are normalized, erased and mixed on the device -------------
 
-class Run:
-    """A training run of either script.
-
-    OUT/last.pt holds all of its state, written after each validation, every --save-every steps and when it is told to
-    stop; OUT/best.pt the weights that validated best, and the settings; OUT/log.jsonl a line for each validation.
-
-    Attributes:
-        network: the model for the loop, which averages the gradients over the processes.
-        ema: the moving average of the model's weights, or None.
-        step: optimizer steps taken.    validated: what `step` was at the last validation.
-        best: the best score so far.    better: which weights did better at the last validation, "model" or "ema".
-        parts: what has a state_dict, by its key in a checkpoint. VALUES are the attributes that are saved as they are.
-    """
-
-    VALUES = "validated", "loss_sum", "lr", "best", "better", "log"
-
-    def __init__(self, args, processes, model, optimizer, scheduler, steps, train_data):
-        self.args, self.processes, self.out = args, processes, Path(args.out)
-        self.settings = {**vars(args), "classes": train_data.classes, "train_images": len(train_data),
-                         "mean": list(MEAN), "std": list(STD)}
-        self.model, self.optimizer, self.scheduler, self.steps = model, optimizer, scheduler, steps
-        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-        self.dtype, self.autocast = precision(args.amp, processes.device)
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.dtype == torch.float16)
-        self.parts = {"model": model, "ema": self.ema, "optimizer": optimizer, "scheduler": scheduler,
-                      "scaler": self.scaler}
-        self.validated, self.loss_sum, self.lr, self.best, self.better, self.log = 0, 0.0, 0.0, -1.0, "model", []
-        self.open_folder()
-        hear_signals(processes)
-        if args.compile:
-            compile_parts(model, processes.say)
-        self.network = model
-        if processes.count > 1:
-            self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        size = sum(p.numel() for p in model.parameters())
-        processes.say(f"{type(model).__name__} {args.model}, {size:,} parameters, on {processes.count} x "
-                      f"{processes.device}, {self.dtype or 'float32'}; in {self.out}"
-                      + (f"; resumed at step {self.step}" if self.step else ""))
-
-    @property
-    def step(self):
-        return self.scheduler.last_epoch
-
-    def loaders(self, train_data, val_data, val_batch):
-        """An iterator over the micro-batches of all steps that are left, and the loader to validate with. There is one
-        iterator for the whole run, so that its workers start once and never wait for a validation."""
-        batches = training_batches(range(self.step, self.steps), self.args, self.processes)
-        stream = Stream(train_data, self.args.seed)
-        training = make_loader(stream, self.args.workers, self.processes, batch_sampler=batches)
-        return iter(training), evaluation_loader(val_data, val_batch, self.args, self.processes)
-
-    def take_steps(self, until, batches, loss_of):
-        """Take optimizer steps until `until` of them are taken, and save, since a validation may take long. `batches`
-        is an iterator over micro-batches (inputs, targets), of which `loss_of` gives the mean loss, under autocast."""
-        args, processes, first = self.args, self.processes, self.step
-        self.network.train()
-        self.began = said = time.perf_counter()
-        self.rate = 0.0
-        torch.backends.cudnn.benchmark = True  # all images to train on have one size
-        with tqdm(total=self.steps, initial=first, unit="step", leave=False, dynamic_ncols=True,
-                  disable=processes.rank > 0 or None) as bar:  # None: where there is no terminal
-            while self.step < until:
-                self.lr = self.scheduler.get_last_lr()[0]
-                loss = sum(self.backward(*next(batches), loss_of, micro) for micro in range(args.accum))
-                [loss] = processes.sum([loss / processes.count])
-                self.update(loss, f"at step {self.step + 1} of {self.steps}, learning rate {self.lr:.3g}")
-                now = time.perf_counter()
-                self.rate = (self.step - first) * args.batch_size / (now - self.began)
-                progress = f"loss {loss:.3f}, lr {self.lr:.2e}, {self.rate:,.1f} images/s"
-                bar.update()
-                bar.set_postfix_str(progress, refresh=False)
-                if bar.disable and now - said > 60:  # not a terminal: a line a minute
-                    said = now
-                    processes.say(f"step {self.step} of {self.steps}: {progress}")
-                if processes.told or (args.save_every and self.step % args.save_every == 0 and self.step < until):
-                    self.save()
-                processes.stop_if_told()
-        if processes.count > 1:  # BatchNorm's statistics are each process's own: all take the first one's
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
-        torch.backends.cudnn.benchmark = False
-        self.save()
-
-    def backward(self, inputs, targets, loss_of, micro):
-        """Add the gradients of a micro-batch, and return its share of the step's loss."""
-        args, processes = self.args, self.processes
-        inputs = inputs.to(processes.device, memory_format=torch.channels_last, non_blocking=True)
-        targets = targets.to(processes.device, non_blocking=True)
-        torch.manual_seed(random_seed(args.seed, "step", self.step, micro, processes.rank))
-        waits = micro < args.accum - 1 and processes.count > 1  # gradients are exchanged once for a step
-        with self.network.no_sync() if waits else contextlib.nullcontext():
-            with self.autocast():
-                loss = loss_of(inputs, targets) / args.accum
-            self.scaler.scale(loss).backward()
-        return loss.item()
-
-    def update(self, loss, where):
-        """An optimizer step. UserError if the loss is not finite, or in fp16 the gradients overflow at every scale."""
-        if math.isfinite(loss):
-            self.scaler.step(self.optimizer)  # in fp16 it skips a step whose gradients overflow, and halves the scale
-            self.scaler.update()
-        if not math.isfinite(loss) or self.scaler.is_enabled() and self.scaler.get_scale() < 1e-6:
-            self.give_up(f"the loss is {loss}, or its gradients are not finite at any scale, {where}")
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
-        self.loss_sum += loss
-        if self.ema:
-            self.ema.update_parameters(self.model)
-
-    def give_up(self, reason):
-        last = self.out / "last.pt"
-        raise UserError(f"{reason}; {last} was not written over. A lower --lr, a longer --warmup or another --amp may "
-                        f"help, in a new run: another --out, and --weights {last} to start from the last weights saved")
-
-    def record(self, scores, words, score, better="model"):
-        """After a validation: a line for the terminal, which begins with `words`; one for the log, with the dict
-        `scores`; best.pt if `score`, of the weights called `better`, is the best so far; and last.pt."""
-        loss = self.loss_sum / (self.step - self.validated)
-        seconds, use = time.perf_counter() - self.began, accelerator_use(self)
-        self.processes.say(f"{words}  loss {loss:.4f}  lr {self.lr:.2e}  {self.rate:,.1f} images/s  {seconds:.0f} s"
-                           + "".join(f"  {name} {value:.2f}" for name, value in use.items()))
-        self.log.append({"step": self.step, "loss": loss, "lr": self.lr, **scores, **use, "images_per_s": self.rate,
-                         "seconds": seconds})
-        if self.processes.rank == 0:
-            write_whole(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
-        self.validated, self.loss_sum, self.better = self.step, 0.0, better
-        if score > self.best:
-            self.best = score
-            self.save("best.pt")
-        self.save()
-
-    def save(self, name="last.pt"):
-        if not all(value.isfinite().all() for value in self.model.state_dict().values()):
-            self.give_up(f"the weights are no longer finite after step {self.step}")
-        if self.processes.rank > 0:
-            return
-        checkpoint = {key: part.state_dict() if part else None for key, part in self.parts.items()}
-        checkpoint |= {key: getattr(self, key) for key in (*self.VALUES, "step", "settings")}
-        if name == "best.pt":
-            checkpoint = {key: checkpoint[key] for key in ("model", "ema", "better", "best", "step", "settings")}
-        data = io.BytesIO()
-        torch.save(checkpoint, data)
-        write_whole(self.out / name, data.getbuffer())
-
-    def open_folder(self):
-        """Make OUT and, with --resume, go on from its checkpoint. Never begin over an earlier run."""
-        resume, last = file_to_resume(self.args), self.out / "last.pt"
-        checkpoint = load_checkpoint(resume) if resume else {}
-        # A number that differs where the checkpoints differ. It is below 2^40, so that its sum is exact in float64.
-        mark = random_seed(checkpoint.get("step"), checkpoint.get("settings")) % 2**40
-        if self.processes.sum([mark])[0] != mark * self.processes.count:
-            raise UserError(f"the processes see different {resume or last}: --out must be a folder that all share")
-        for earlier in last, self.out / "best.pt", self.out / "log.jsonl":
-            if earlier.exists() and (resume is None or resume.resolve() != last.resolve()):
-                raise UserError(f"{earlier} is there from an earlier run: --resume auto goes on from its last.pt, "
-                                f"another --out begins a new one")
-        if resume:
-            self.restore(checkpoint, resume)
-        if self.processes.rank == 0:
-            make_folder(self.out)
-            for name in "last.pt", "best.pt", "log.jsonl":  # of a run that was killed while it wrote
-                (self.out / f"{name}.tmp").unlink(missing_ok=True)
-
-    def restore(self, checkpoint, name):
-        """Take the state from a checkpoint of the same run: other data, or another recipe, would be another run."""
-        if "optimizer" not in checkpoint:
-            raise UserError(f"--resume {name}: this file has weights only; resume a last.pt, or start from --weights")
-        try:
-            check_classes(checkpoint["settings"]["classes"], self.settings["classes"], name)
-            for option, before in checkpoint["settings"].items():
-                now = self.settings.get(option, before)
-                if now != before and option not in MAY_CHANGE:
-                    raise UserError(f"--resume {name}: {option.replace('_', '-')} was {before} and is now {now}; go on "
-                                    f"as before, or begin a new run with --weights")
-            for key, part in self.parts.items():
-                if checkpoint[key]:  # without --ema there is no average, and without fp16 no scale
-                    part.load_state_dict(checkpoint[key])
-            for key in self.VALUES:
-                setattr(self, key, checkpoint[key])
-            if not (self.out / "best.pt").exists():  # it goes on in another folder, which has no best yet
-                self.best = -1.0
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise UserError(f"--resume {name}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
-
-
-# Options that a resumed run may change.
-MAY_CHANGE = {"data", "out", "resume", "weights", "backbone_weights", "device", "workers", "save_every", "compile",
-              "checkpoint", "accum", "amp", "epochs", "iters", "warmup", "eval_every", "slide"}
-
-
-def file_to_resume(args):
-    """The checkpoint that --resume names; None for a new run, as with --resume auto where there is none yet."""
-    if args.resume != "auto":
-        return Path(args.resume) if args.resume else None
-    last = Path(args.out, "last.pt")
-    return last if last.exists() else None
-
-
-class Stopped(Exception):
-    """The run was told to stop, and has saved; its argument is the signal's number."""
-
-
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
-    STOP_SIGNALS.append(signal.SIGHUP)
-
-
-def hear_signals(processes):
-    """Hear Ctrl-C, SIGTERM and a closed terminal. After a first signal the loop finishes its step, saves and leaves. A
-    second one ends the process at once."""
-    def handler(number, frame):
-        # The same signal may come twice: torchrun passes on what the terminal has sent to its processes too, and
-        # `timeout` sends it to the process and then to its group.
-        soon = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.1
-        if not processes.heard:
-            processes.heard, processes.heard_at = number, time.monotonic()
-            if processes.rank == 0:
-                with contextlib.suppress(OSError):  # the terminal may be gone
-                    os.write(2, b"\nstopping after this step; once more stops at once\n")  # print is not for handlers
-        elif time.monotonic() - processes.heard_at > soon:
-            end_workers()
-            os._exit(128 + number)
-    for number in STOP_SIGNALS:
-        signal.signal(number, handler)
-
-
-def precision(amp, device):
-    """--amp -> the type that autocast computes in, or None; and autocast, to be entered by `with autocast():`."""
-    if amp == "auto":
-        has_bf16 = device.type == "xpu" or (device.type == "cuda"
-                                            and torch.cuda.is_bf16_supported(including_emulation=False))
-        amp = "bf16" if has_bf16 else "off"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    return dtype, functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
-
-
-def compile_parts(model, say):
-    """torch.compile, in place, the parts of which the model has many: blocks of one shape share their code, so that it
-    takes a minute, where the whole model would take several. Validation, with images of any size, does without. So does
-    the decoder of UPerNet: compiled, its gradient in bf16 on a CPU has NaN in it (PyTorch 2.14)."""
-    torch._dynamo.config.cache_size_limit = 64  # with --drop-path every block has code of its own
-    kinds = visiongru.Stem, visiongru.Block, visiongru.Downsample, visiongru.FCNHead
-    parts = [part for part in model.modules() if isinstance(part, kinds)]
-    for part in parts:
-        part.compile(dynamic=False)
-    say(f"--compile: {len(parts)} parts, those of one shape together, are compiled in the first step; it can take a "
-        f"minute or two")
-
-
-# FLOP/s in bf16 or fp16, from the data sheets.
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
-
-
-def accelerator_use(run):
-    """The peak of an accelerator's memory in GiB, and the share of its FLOP/s that the model uses (MFU), as far as they
-    are known. A training step takes three times the FLOPs of a forward pass. For a CPU, nothing."""
-    module = torch.get_device_module(run.processes.device)
-    if not hasattr(module, "max_memory_allocated"):
-        return {}
-    use = {"GiB": module.max_memory_allocated() / 2**30}
-    peak = next((flops for card, flops in PEAK.items() if re.search(rf"\b{card}\b", module.get_device_name())), None)
-    if peak and run.dtype:
-        size = run.settings.get("crop_size") or run.settings["img_size"]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            copy.deepcopy(run.model).to("meta")(torch.empty(2, 3, size, size, device="meta"))
-        use["MFU"] = 3 * counter.get_total_flops() / 2 * run.rate / (peak * run.processes.count)
-    return use
-
-
-# Data -----------------------------------------------------------------------------------------------------------------
-
-def open_data(args, splits):
+def open_data(args: Namespace, splits: Iterable[str]) -> list[Dataset]:
     """The data sets DIR/split/<class>/<images>, or the built-in ones: items (image, class), with the same `classes`."""
     if args.data is None:
         return [Shapes(split, {"train": 14_000, "val": 1_000}[split]) for split in splits]
@@ -472,8 +271,456 @@ def open_data(args, splits):
     return sets
 
 
-def read_image(path):
-    """An image file as RGB, as a viewer shows it: upright, the first frame, what is transparent on white, 16 bits cut
+def eval_transform(img_size: int, val_resize: int) -> Callable:
+    """Shorter side to `val_resize` pixels, then the central square: PIL image -> (3, img_size, img_size) uint8."""
+    return v2.Compose([v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size), v2.PILToTensor()])
+
+
+def train_transform(args: Namespace) -> Callable:
+    """The recipe's augmentation of single images: PIL image -> (3, S, S) uint8. `batch_augmentation` does the rest."""
+    if args.crop_scale < 1:
+        crop = v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))
+    else:
+        crop = v2.Compose([v2.Resize(max(args.img_size, args.val_resize)), v2.CenterCrop(args.img_size)])
+    return v2.Compose([crop, v2.RandomHorizontalFlip(args.hflip), v2.RandAugment(*args.randaug), v2.PILToTensor()])
+
+
+def batch_augmentation(args: Namespace, num_classes: int) -> Callable:
+    """Random erasing, then mixup or cutmix, as a function of a micro-batch on its device. What it does to an image
+    depends on (seed, step, the image's number in the step) alone: not on the process or the micro-batch."""
+    def augment(images: Tensor, labels: Tensor, step: int, first: int) -> tuple[Tensor, Tensor]:
+        if args.reprob:
+            images = random_erasing(images, args.reprob, first, args.batch_size, random_seed(args.seed, "erase", step))
+        if not (args.mixup or args.cutmix):
+            return images, labels
+        targets = F.one_hot(labels, num_classes).float()
+        return mixup_or_cutmix(images, targets, args.mixup, args.cutmix, random_seed(args.seed, "mix", step))
+    return augment
+
+
+def random_erasing(images: Tensor, probability: float, first: int, batch_size: int, seed: int) -> Tensor:
+    """Fill a rectangle of 2 to 33 % of an image's area, of aspect ratio 0.3 to 3.3, with noise.
+
+    images: (B, 3, H, W), normalized: numbers first, ..., first + B - 1 of the `batch_size` images of a step. Each has a
+    rectangle of its own; the noise under it is cut from one picture for each step.
+    """
+    (B, _, H, W), device = images.shape, images.device
+    generator = torch.Generator(device).manual_seed(seed)
+    chances = torch.rand(batch_size, 5, generator=generator, device=device)[first:first + B, :, None]
+    chosen, area, ratio, top, left = chances.unbind(1)  # (B, 1) each
+    area, ratio = H * W * (0.02 + 0.31 * area), 0.3 ** (2 * ratio - 1)
+    height, width = (area * ratio).sqrt().clamp(max=H), (area / ratio).sqrt().clamp(max=W)
+
+    def inside(start: Tensor, length: Tensor, side: int) -> Tensor:  # (B, side)
+        offset = torch.arange(side, device=device) + 0.5 - start * (side - length)
+        return (0 <= offset) & (offset < length)
+    rectangle = inside(top, height, H)[:, None, :, None] & inside(left, width, W)[:, None, None, :]
+    noise = torch.randn(3, H, W, generator=generator, device=device)
+    return torch.where(rectangle & (chosen < probability)[:, :, None, None], noise, images)
+
+
+def mixup_or_cutmix(images: Tensor, targets: Tensor, mixup: float, cutmix: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Mix neighbours, image 0 with 1, 2 with 3 and so on, in one proportion; with both alphas above 0 one of the two
+    methods, with equal probability. images (B, 3, H, W), targets (B, K) soft labels -> the same shapes."""
+    rng = random.Random(seed)
+    use_cutmix = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
+    keep = rng.betavariate(cutmix, cutmix) if use_cutmix else rng.betavariate(mixup, mixup)
+
+    def neighbours(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    if use_cutmix:  # a rectangle of the neighbour's, with the proportions of the image
+        H, W = images.shape[2:]
+        y, x, half = rng.randrange(H), rng.randrange(W), 0.5 * math.sqrt(1 - keep)
+        top, bottom = max(0, y - int(half * H)), min(H, y + int(half * H))
+        left, right = max(0, x - int(half * W)), min(W, x + int(half * W))
+        rectangle = (..., slice(top, bottom), slice(left, right))
+        mixed = images.clone()
+        mixed[rectangle] = neighbours(images)[rectangle]
+        keep = 1 - (bottom - top) * (right - left) / (H * W)
+    else:
+        mixed = images.lerp(neighbours(images), 1 - keep)
+    return mixed, targets.lerp(neighbours(targets), 1 - keep)
+
+
+# Options: DeiT's recipe, as the paper uses it, and what suits the built-in set ----------------------------------------
+
+def options() -> dict[str, Option]:
+    """An Option: what argparse takes; the default with --data, the recipe; the default without, for the built-in set,
+    which has few epochs and no augmentation that cuts off the shapes; help. A default of None depends on others."""
+    return {
+        "data": Option(TEXT, None, None, "folder with {train,val}/<class>/<images>; without it: the built-in set"),
+        "model": Option({"choices": MODELS}, "tiny", "nano", "model size; with --weights that of the checkpoint"),
+        "img-size": Option(PIXELS, 224, 48, "image size in pixels"),
+        "val-resize": Option(PIXELS, None, 48, "shorter side before the center crop (img-size x 256 / 224)"),
+        "epochs": Option(COUNT, 300, 4, "training epochs"),
+        "batch-size": Option(COUNT, 1024, 32, "global batch size: images per optimizer step over all processes"),
+        "lr": Option(AMOUNT, None, 1e-3, "peak learning rate (1e-3 x batch-size / 1024)"),
+        "weight-decay": Option(AMOUNT, 0.05, 0.05, "weight decay, on every parameter"),
+        "warmup-epochs": Option(AMOUNT, None, 1, "epochs of linear learning-rate warm-up (epochs / 15)"),
+        "crop-scale": Option(SHARE, 0.08, 1.0, "minimum area of a random resized crop, as a fraction; 1: no crop"),
+        "randaug": Option(two(UP_TO_30), [2, 9], [0, 0], "number of operations and magnitude of RandAugment"),
+        "reprob": Option(SHARE, 0.25, 0.0, "probability of random erasing"),
+        "mixup": Option(ALPHA, 0.8, 0.0, "mixup alpha; 0: off"),
+        "cutmix": Option(ALPHA, 1.0, 0.0, "cutmix alpha; 0: off"),
+        "smoothing": Option(BELOW_1, 0.1, 0.0, "label smoothing"),
+        "model-ema-decay": Option(BELOW_1, 0.9999, 0.99, "decay of the moving average of the weights; 0: off"),
+    } | shared_options()
+
+
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
+    """The command line, with every default filled in. Raises UserError."""
+    predicting = CHECKPOINT_DEFAULTS | {"img_size": None, "val_resize": None}
+    evaluating = predicting | {"data": None, "batch_size": 64, "workers": None}
+    args = parse(argv, __doc__, options(), {"eval": evaluating, "predict": predicting}, {"weights": ["model"]})
+    if args.img_size and not args.val_resize:
+        args.val_resize = round(args.img_size * 256 / 224)
+    if not (args.eval or args.predict):
+        args.lr = 1e-3 * args.batch_size / 1024 if args.lr is None else args.lr
+        args.warmup_epochs = args.epochs / 15 if args.warmup_epochs is None else args.warmup_epochs
+        args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'shapes'}-{args.model}"
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    return dispatch(parse_arguments(argv), train, evaluate_checkpoint, predict)
+
+
+# ======================================================================================================================
+# Part II. The engine that segment.py shares
+# ======================================================================================================================
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+class Run:
+    """The state of a training run, and the folder OUT that keeps it.
+
+    OUT/last.pt holds all of it, written after each validation, every --save-every steps and when the run is told to
+    stop; OUT/best.pt the weights that validated best; OUT/log.jsonl a line for each validation.
+
+    Args:
+        data: the training set, with its `classes`.
+        total_steps: optimizer steps of the whole run.
+        parts: what has a state_dict: `model`, `ema` (or None), `optimizer`, `scheduler`.
+
+    Attributes:
+        step: optimizer steps taken.    validated: `step` at the last validation.    lr: of the last step.
+        best: the best score so far.    better: which weights scored better at the last validation, "model" or "ema".
+        autocast: to be entered by `with run.autocast():`; `dtype` is its type, or None.
+        scaler: the gradient scaler, which does nothing but in fp16.
+    """
+
+    def __init__(self, args: Namespace, distributed: Distributed, data: Dataset, total_steps: int, **parts):
+        self.args, self.distributed, self.total_steps, self.out = args, distributed, total_steps, Path(args.out)
+        self.dtype, self.autocast = precision(args.amp, distributed.device)
+        self.scaler = torch.amp.GradScaler(distributed.device.type, enabled=self.dtype == torch.float16)
+        self.parts = parts | {"scaler": self.scaler}
+        self.model, self.ema = parts["model"], parts["ema"]
+        self.optimizer, self.scheduler = parts["optimizer"], parts["scheduler"]
+        self.config = {**vars(args), "classes": data.classes, "train_images": len(data), "mean": list(MEAN),
+                       "std": list(STD)}
+        self.validated, self.loss_sum, self.lr, self.best, self.better, self.log = 0, 0.0, 0.0, -1.0, "model", []
+        self.reports = []  # of steps whose loss was not read yet
+        self.loss = math.nan  # of the last step that was read
+
+    @property
+    def step(self) -> int:
+        return self.scheduler.last_epoch
+
+    def start_or_resume(self) -> None:
+        """Make OUT and, with --resume, restore its checkpoint. UserError rather than overwrite an earlier run."""
+        path, last = checkpoint_to_resume(self.args), self.out / "last.pt"
+        checkpoint = load_checkpoint(path) if path else {}
+        seen = self.distributed.all_gather((checkpoint.get("step"), checkpoint.get("config")))
+        if any(other != seen[0] for other in seen):
+            raise UserError(f"the processes see different {path or last}: --out must be on storage shared by all of "
+                            f"them")
+        for earlier in last, self.out / "best.pt", self.out / "log.jsonl":
+            if earlier.exists() and (path is None or path.resolve() != last.resolve()):
+                raise UserError(f"{earlier} already exists: continue from its last.pt with --resume auto or choose "
+                                f"another --out")
+        if path:
+            self.restore(checkpoint, path)
+        if self.distributed.rank == 0:
+            make_folder(self.out)
+            for name in "last.pt", "best.pt", "log.jsonl":  # of a run that was killed while it wrote
+                (self.out / f"{name}.tmp").unlink(missing_ok=True)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.distributed.print(f"{type(self.model).__name__} {self.args.model}, {parameters:,} parameters, on "
+                               f"{self.distributed.world_size} x {self.distributed.device}, {self.dtype or 'float32'}; "
+                               f"in {self.out}" + (f"; resumed at step {self.step}" if self.step else ""))
+
+    def restore(self, checkpoint: dict, path: Path) -> None:
+        """Take the state from a checkpoint of the same run: other data, or another recipe, would be another run."""
+        if "optimizer" not in checkpoint:
+            raise UserError(f"--resume {path}: this file has only weights; resume a last.pt, or start from --weights")
+        try:
+            check_classes(checkpoint["config"]["classes"], self.config["classes"], path)
+            for name, before in checkpoint["config"].items():
+                now = self.config.get(name, before)
+                if now != before and name not in MAY_CHANGE:
+                    raise UserError(f"--resume {path}: {name.replace('_', '-')} was {before} and is now {now}; keep "
+                                    f"it, or start a new run with --weights")
+            for key, part in self.parts.items():
+                if checkpoint[key]:  # without a moving average there is none to restore, and without fp16 no scale
+                    part.load_state_dict(checkpoint[key])
+            for key in STATE:
+                setattr(self, key, checkpoint[key])
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise UserError(f"--resume {path}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
+        if not (self.out / "best.pt").exists():  # the run continues in another folder, which has no best.pt yet
+            self.best = -1.0
+
+    def steps(self, until: int) -> Iterator[int]:
+        """Yield for each optimizer step until `until` are taken. In between, read the loss of the step before, show
+        progress, save, and raise Stopped if a process was told to stop."""
+        first, started = self.step, time.perf_counter()
+        self.rate, self.started, shown = 0.0, started, started
+        torch.backends.cudnn.benchmark = True  # all training images have one size
+        with tqdm(total=self.total_steps, initial=first, unit="step", leave=False, dynamic_ncols=True,
+                  disable=self.distributed.rank > 0 or None) as bar:  # None: where there is no terminal
+            while self.step < until:
+                yield self.step
+                self.read_losses(keep=1)
+                now = time.perf_counter()
+                self.rate = (self.step - first) * self.args.batch_size / (now - started)
+                progress = f"loss {self.loss:.3f}, lr {self.lr:.2e}, {self.rate:,.1f} images/s"
+                bar.update()
+                bar.set_postfix_str(progress, refresh=False)
+                if bar.disable and now - shown > 60:  # no terminal: a line a minute
+                    shown = now
+                    self.distributed.print(f"step {self.step} of {self.total_steps}: {progress}")
+                due = self.args.save_every and self.step % self.args.save_every == 0 and self.step < until
+                if self.distributed.should_stop or due:
+                    self.save()
+                self.distributed.raise_if_stopped()
+        torch.backends.cudnn.benchmark = False
+        if self.distributed.world_size > 1:  # each process has BatchNorm statistics of its own: take those of rank 0
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def report_loss(self, loss: Tensor) -> None:
+        """Start averaging a step's loss over the processes, and asking whether one was told to stop. On a GPU both
+        happen on the device, and the result is on its way to the host when `read_losses` wants it."""
+        distributed, ready = self.distributed, None
+        stop = torch.full_like(loss, float(distributed.stop_signal > 0))
+        report = torch.stack([loss / distributed.world_size, stop])
+        if distributed.world_size > 1:
+            dist.all_reduce(report)
+        if report.is_cuda:
+            report, ready = report.to("cpu", non_blocking=True), torch.cuda.Event()
+            ready.record()
+        self.reports.append((self.step + 1, self.scheduler.get_last_lr()[0], report, ready))
+
+    def read_losses(self, keep: int = 0) -> None:
+        """Read the reports of all steps but the last `keep`. UserError if a loss is not finite."""
+        while len(self.reports) > keep:
+            step, self.lr, report, ready = self.reports.pop(0)
+            if ready:
+                ready.synchronize()
+            self.loss, stop = report.tolist()
+            self.distributed.should_stop |= stop > 0
+            self.loss_sum += self.loss
+            if not math.isfinite(self.loss):
+                self.fail(f"the loss is {self.loss} at step {step} of {self.total_steps}, learning rate {self.lr:.3g}")
+
+    def validate(self, evaluate: Callable) -> object:
+        """evaluate(). The steps before it are saved if it fails or is stopped; otherwise `record` saves."""
+        self.read_losses()
+        self.check_finite()
+        try:
+            return evaluate()
+        except BaseException:
+            self.save()
+            raise
+
+    def record(self, scores: dict, text: str, score: float, better: str = "model") -> None:
+        """After a validation: a line for the terminal, which begins with `text`; one for the log, with `scores`;
+        best.pt if `score`, of the weights named `better`, is the best so far; and last.pt."""
+        loss = self.loss_sum / (self.step - self.validated)
+        seconds, usage = time.perf_counter() - self.started, accelerator_usage(self)
+        self.distributed.print(f"{text}  loss {loss:.4f}  lr {self.lr:.2e}  {self.rate:,.1f} images/s  {seconds:.0f} s"
+                               + "".join(f"  {name} {value:.2f}" for name, value in usage.items()))
+        self.log.append({"step": self.step, "loss": loss, "lr": self.lr, **scores, **usage, "images_per_s": self.rate,
+                         "seconds": seconds})
+        if self.distributed.rank == 0:
+            atomic_write(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
+        self.validated, self.loss_sum, self.better = self.step, 0.0, better
+        if score > self.best:
+            self.best = score
+            self.save("best.pt")
+        self.save()
+
+    def save(self, name: str = "last.pt") -> None:
+        self.read_losses()
+        self.check_finite()
+        if self.distributed.rank > 0:
+            return
+        checkpoint = {key: part.state_dict() if part else None for key, part in self.parts.items()}
+        checkpoint |= {key: getattr(self, key) for key in (*STATE, "step", "config")}
+        if name == "best.pt":
+            checkpoint = {key: checkpoint[key] for key in BEST}
+        atomic_write(self.out / name, encoded(functools.partial(torch.save, checkpoint)))
+
+    def check_finite(self) -> None:
+        """UserError if a weight is not finite, or in fp16 the gradients overflow at every scale."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1e-6:
+            self.fail(f"its gradients are not finite at any scale, at step {self.step} of {self.total_steps}")
+        if not torch.stack([value.isfinite().all() for value in self.model.state_dict().values()]).all():
+            self.fail(f"the weights are no longer finite after step {self.step}")
+
+    def fail(self, reason: str) -> None:
+        last = self.out / "last.pt"
+        raise UserError(f"{reason}; {last} is unchanged. A lower --lr, a longer warm-up or another --amp may help, in a "
+                        f"new run: choose another --out, and --weights {last} to start from the last weights saved")
+
+
+def accelerator_usage(run: Run) -> dict[str, float]:
+    """The peak of an accelerator's memory in GiB, and the share of its FLOP/s that the model uses (MFU), as far as they
+    are known. A training step takes three times the FLOPs of a forward pass. For a CPU, nothing."""
+    module = torch.get_device_module(run.distributed.device)
+    if not hasattr(module, "max_memory_allocated"):
+        return {}
+    usage = {"GiB": module.max_memory_allocated() / 2**30}
+    peak = next((flops for card, flops in PEAK.items() if re.search(rf"\b{card}\b", module.get_device_name())), None)
+    if peak and run.dtype:
+        flops = forward_flops(run.model, run.config.get("crop_size") or run.config["img_size"])
+        usage["MFU"] = 3 * flops * run.rate / (peak * run.distributed.world_size)
+    return usage
+
+
+PEAK = {  # FLOP/s in bf16 or fp16, from the data sheets
+    "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+@functools.cache
+def forward_flops(model: nn.Module, size: int) -> float:
+    """FLOPs of a training forward pass for one square image of `size` pixels."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).to("meta")(torch.empty(2, 3, size, size, device="meta"))
+    return counter.get_total_flops() / 2
+
+
+# Precision and compilation --------------------------------------------------------------------------------------------
+
+def precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, Callable]:
+    """--amp -> the dtype of autocast, or None; and autocast, to be entered by `with autocast():`."""
+    if amp == "auto":
+        has_bf16 = device.type == "xpu" or (device.type == "cuda"
+                                            and torch.cuda.is_bf16_supported(including_emulation=False))
+        amp = "bf16" if has_bf16 else "off"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    return dtype, functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+
+
+def compiles(args: Namespace, device: torch.device) -> bool:
+    """Whether to compile: as --compile or --no-compile say, and by default on a CUDA GPU if Triton is installed."""
+    if args.compile is None:
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return args.compile
+
+
+def compile_parts(model: nn.Module, log: Callable) -> None:
+    """torch.compile, in place, the parts of which the model has many: blocks of one shape share their code, so that it
+    takes a minute, where the whole model would take several. Validation, with images of any size, does without. So does
+    the decoder of UPerNet: compiled, its gradient in bf16 on a CPU has NaN in it (PyTorch 2.14)."""
+    torch._dynamo.config.cache_size_limit = 64  # with --drop-path every block has code of its own
+    torch._dynamo.config.optimize_ddp = False   # it would cut large blocks in two
+    kinds = visiongru.Stem, visiongru.Block, visiongru.Downsample, visiongru.FCNHead
+    parts = [part for part in model.modules() if isinstance(part, kinds)]
+    for part in parts:
+        part.compile(dynamic=False)
+    log(f"compiling {len(parts)} parts, those of one shape together, in the first step: it can take a minute or two; "
+        f"--no-compile turns it off")
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+# A checkpoint is a dict. last.pt has a state dict for each of the run's parts, model, ema, optimizer, scheduler and
+# scaler (None if the run has no such part), the STATE of the run, its "step", and its "config": the options, the names
+# of the classes, the number of training images, and the mean and deviation of the preprocessing. best.pt has BEST of
+# these. Files with the same under the key "settings" in place of "config" were written by an earlier version.
+STATE = "validated", "loss_sum", "lr", "best", "better", "log"
+BEST = "model", "ema", "better", "best", "step", "config"
+
+# Options that a resumed run may change.
+MAY_CHANGE = {"data", "out", "resume", "weights", "backbone_weights", "device", "workers", "save_every", "compile",
+              "grad_checkpointing", "grad_accum_steps", "amp", "epochs", "iters", "warmup_epochs", "warmup_iters",
+              "eval_every", "slide"}
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The contents of a checkpoint file; no code in it is run. UserError if it is not a checkpoint, or damaged."""
+    try:
+        checkpoint = visiongru.read_checkpoint(path)
+    except OSError as error:
+        raise UserError(f"cannot open the checkpoint {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"cannot use the checkpoint {path}: {error}") from None
+    if not isinstance(checkpoint, dict) or not isinstance(config_of(checkpoint), dict):
+        raise UserError(f"{path} is neither a checkpoint of these scripts nor a state dict")
+    return checkpoint
+
+
+def config_of(checkpoint: dict) -> dict:
+    """The options and data that a checkpoint was trained with; empty for a state dict."""
+    return checkpoint.get("config", checkpoint.get("settings", {}))
+
+
+def checkpoint_to_resume(args: Namespace) -> Path | None:
+    """The checkpoint that --resume names; None for a new run, as with --resume auto where there is none yet."""
+    if args.resume != "auto":
+        return Path(args.resume) if args.resume else None
+    last = Path(args.out, "last.pt")
+    return last if last.exists() else None
+
+
+def open_checkpoint(args: Namespace, **defaults) -> dict:
+    """The state dict in --weights. Where the command line did not say, `args` take the checkpoint's config, or else
+    these defaults."""
+    if not args.weights:
+        raise UserError("--eval and --predict need a checkpoint: --weights FILE")
+    checkpoint = load_checkpoint(args.weights)
+    for name, default in {"model": "tiny", **defaults}.items():
+        if vars(args).get(name) is None:
+            setattr(args, name, config_of(checkpoint).get(name, default))
+    check_model(args.model, args.weights)
+    try:
+        return visiongru.extract_state_dict(checkpoint)
+    except ValueError as error:
+        raise UserError(f"{args.weights}: {error}") from None
+
+
+def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Callable = print) -> None:
+    """visiongru.load_weights from the contents of `path`. Its warnings are logged, its error is a UserError."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            visiongru.load_weights(model, checkpoint)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
+    for warning in caught:
+        log(f"{path}: {warning.message}")
+
+
+def check_model(name: object, path: str | Path) -> None:
+    if name not in list(MODELS):
+        raise UserError(f"{path} has a model called {name!r}; expected one of {', '.join(MODELS)}")
+
+
+def check_classes(known: list, classes: list[str], path: str | Path) -> None:
+    """UserError if `known`, the classes of the checkpoint at `path` (None: any name), are not the data's `classes`."""
+    if len(known) != len(classes):
+        raise UserError(f"{path} was trained on {len(known)} classes and the data has {len(classes)}; to "
+                        f"fine-tune on other classes, train with --weights {path}")
+    for ours, theirs in zip(known, classes):
+        if ours not in (None, theirs):
+            raise UserError(f"{path} was trained on other classes than the data's: {ours!r} where it has {theirs!r}")
+
+
+# Images and the order of images ---------------------------------------------------------------------------------------
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as RGB, as a viewer shows it: upright, the first frame, transparent parts on white, 16 bits cut
     to 8. UserError, with its path and the reason, if it cannot be read or has more pixels than PIL allows."""
     try:
         with warnings.catch_warnings():
@@ -498,40 +745,15 @@ def read_image(path):
         raise UserError(f"cannot read the image {path}: {error}") from None
 
 
-def eval_transform(img_size, val_resize, mean=MEAN, std=STD):
-    """Shorter side to `val_resize`, the central square of `img_size`, normalised: PIL image -> (3, S, S) float32."""
-    return v2.Compose([v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size), v2.ToImage(),
-                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+def normalizer(device: torch.device, mean: Iterable[float] = MEAN, std: Iterable[float] = STD) -> Callable:
+    """-> a function from images (B, 3, H, W) uint8 on `device` to what the model takes: float32, mean 0, deviation 1,
+    channels last. Mean and deviation are put on the device here, once: each copy makes the host wait for it."""
+    mean, std = (torch.tensor(list(numbers), device=device).view(3, 1, 1) for numbers in (mean, std))
 
-
-def train_transform(args):
-    """The recipe's augmentation of single images; mixup and cutmix work on batches and come later."""
-    if args.crop_scale < 1:
-        crop = v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))
-    else:
-        crop = v2.Compose([v2.Resize(max(args.img_size, args.val_resize)), v2.CenterCrop(args.img_size)])
-    return v2.Compose([crop, v2.RandomHorizontalFlip(args.flip), v2.RandAugment(*args.randaug), v2.ToImage(),
-                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
-                       v2.RandomErasing(args.erasing, value="random")])
-
-
-def batch_transform(args, num_classes):
-    """Mixup and cutmix, one of the two at even odds for each step: images, labels, the step -> images, soft labels. The
-    choice depends on the seed and the step alone, and images are mixed in the pairs of `training_batches`."""
-    choices = [make(alpha=alpha) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha > 0]
-    choice = v2.RandomChoice(choices) if choices else None
-
-    def mix(images, labels, step):
-        if choice is None:
-            return images, labels
-        soft = F.one_hot(labels, num_classes).float()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(random_seed(args.seed, "mix", step))
-            # torchvision mixes each item of a batch with the one before. We lay the batch out as two large items, its
-            # two halves, so that image i is mixed with image i + B/2.
-            mixed, labels = choice(images.reshape(2, -1, *images.shape[2:]), soft.view(2, -1))
-        return mixed.view(images.shape).contiguous(memory_format=torch.channels_last), labels.view(soft.shape)
-    return mix
+    def normalize(images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)
+        return v2.functional.to_dtype(images, torch.float32, scale=True).sub_(mean).div_(std)
+    return normalize
 
 
 class Stream(Dataset):
@@ -541,10 +763,10 @@ class Stream(Dataset):
     seeded. (Its state is not restored: that takes longer than to read and augment a small picture.)
     """
 
-    def __init__(self, data, seed):
+    def __init__(self, data: Dataset, seed: int):
         self.data, self.seed, self.epoch = data, seed, None
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: int) -> tuple:
         epoch, place = divmod(position, len(self.data))
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(random_seed(self.seed, "order", epoch))
@@ -554,90 +776,140 @@ class Stream(Dataset):
         return self.data[index]
 
 
-def training_batches(steps, args, processes):
-    """One process's micro-batches, as lists of positions in a Stream: args.accum of them for each step in `steps`. The
-    images of a step, and the pairs for mixup, are the same for any number of processes and micro-batches: of eight
-    images in two micro-batches the first has 0, 1, 4, 5, in which 0 is mixed with 4 and 1 with 5."""
-    halves = 2 if args.batch_size // (args.accum * processes.count) % 2 == 0 else 1
+def micro_batches(steps: range, args: Namespace, distributed: Distributed) -> Iterator[list[int]]:
+    """One process's micro-batches, as positions in a Stream: --grad-accum-steps of them for each step. Processes, and
+    micro-batches within a process, are contiguous parts of a step's images, which are the same however it is split."""
     for step in steps:
         positions = torch.arange(step * args.batch_size, (step + 1) * args.batch_size)
-        mine = positions.view(halves, args.accum, -1, processes.count)[..., processes.rank]  # half, micro-batch, pair
-        yield from mine.transpose(0, 1).flatten(1).tolist()
+        yield from positions.view(distributed.world_size, args.grad_accum_steps, -1)[distributed.rank].tolist()
 
 
-def evaluation_loader(data, batch_size, args, processes):
-    """One process's share of a data set: each item once, over all the processes."""
-    mine = range(processes.rank, len(data), processes.count)
-    return make_loader(data, args.workers, processes, sampler=mine, batch_size=batch_size)
-
-
-def images_per_micro_batch(args, processes, multiple=1):
-    parts = processes.count * args.accum
+def split_batch(args: Namespace, world_size: int, multiple: int = 1) -> int:
+    """The number of images in a micro-batch, a multiple of `multiple`."""
+    parts = world_size * args.grad_accum_steps
     if args.batch_size % (parts * multiple):
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {parts * multiple}, for "
-                        f"{processes.count} processes x --accum {args.accum}"
+                        f"{world_size} processes x --grad-accum-steps {args.grad_accum_steps}"
                         + " x the pairs of --mixup and --cutmix" * (multiple > 1))
     return args.batch_size // parts
 
 
-def make_loader(data, workers, processes, **order):
-    """A DataLoader whose worker processes start once."""
-    return DataLoader(data, num_workers=workers, worker_init_fn=start_worker, persistent_workers=workers > 0,
-                      pin_memory=processes.device.type == "cuda", **order)
+def training_loader(data: Dataset, steps: range, args: Namespace, distributed: Distributed) -> DataLoader:
+    """This process's micro-batches of all `steps`. There is one loader for the whole run, so that its workers start
+    once and never wait for a validation."""
+    batches = micro_batches(steps, args, distributed)
+    return make_loader(Stream(data, args.seed), args.workers, distributed, batch_sampler=batches)
 
 
-def start_worker(_):
-    # A signal to the whole group reaches the workers too. They must outlive it until the step is done and saved.
+def validation_loader(data: Dataset, batch_size: int, args: Namespace, distributed: Distributed) -> DataLoader:
+    """This process's share of a data set: over all processes, each item once."""
+    mine = range(distributed.rank, len(data), distributed.world_size)
+    return make_loader(data, args.workers, distributed, sampler=mine, batch_size=batch_size)
+
+
+def make_loader(data: Dataset, workers: int, distributed: Distributed, **order) -> DataLoader:
+    return DataLoader(data, num_workers=workers, worker_init_fn=ignore_signals, persistent_workers=workers > 0,
+                      pin_memory=distributed.device.type == "cuda", **order)
+
+
+def random_seed(*parts: int | str) -> int:
+    """A seed for a random generator from numbers and words; the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+class Stopped(Exception):
+    """The run was told to stop, and has saved; its argument is the signal's number."""
+
+
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+    STOP_SIGNALS.append(signal.SIGHUP)
+
+
+def install_signal_handlers(distributed: Distributed) -> None:
+    """After a first Ctrl-C, SIGTERM or closed terminal, the loop takes at most one more step, saves and leaves. A
+    second one ends the process at once."""
+    first_at = 0.0
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal first_at
+        # The same signal may come twice: torchrun passes on what the terminal has sent to its processes too, and
+        # `timeout` sends it to the process and then to its group.
+        repeat = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.1
+        if not distributed.stop_signal:
+            distributed.stop_signal, first_at = number, time.monotonic()
+            if distributed.rank == 0:
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, b"\nstopping and saving; a second signal stops at once\n")  # print is not for handlers
+        elif time.monotonic() - first_at > repeat:
+            kill_workers()
+            os._exit(128 + number)
+    for number in STOP_SIGNALS:
+        signal.signal(number, handler)
+
+
+def ignore_signals(_: int) -> None:
+    """In a data-loading worker: a signal to the whole group reaches it too, and it must last until the step is saved.
+    It ends ten minutes after SIGTERM."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
 
 
-def random_seed(*parts):
-    """A seed for torch from whole numbers and words; the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+def kill_workers() -> None:
+    """End the data-loading workers at once. By themselves they would take their time."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
 
 @dataclass
-class Processes:
+class Distributed:
     """This process among those that torchrun has started, one for each GPU."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     device: torch.device = torch.device("cpu")
-    heard: int = 0      # the number of the first signal to stop that this process has heard
-    told: bool = False  # whether one of the processes had heard one at their last `sum`
+    stop_signal: int = 0       # the first signal to stop that this process received
+    should_stop: bool = False  # whether any process had received one when they last compared
 
-    def say(self, words):
-        """Print, in the first process alone."""
+    def print(self, text: str) -> None:
+        """Print, on rank 0 alone."""
         try:
             if self.rank == 0:
-                print(words, flush=True)
+                print(text, flush=True)
         except OSError:  # the terminal, or the program that reads this, is gone: the run goes on without
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def sum(self, numbers):
-        """The sum over all processes of a list of numbers, as a list of floats. It also finds whether one was told to
-        stop, so that all leave in the same place."""
-        *numbers, told = map(float, [*numbers, self.heard])
-        if self.count > 1:
-            total = torch.tensor([*numbers, told], dtype=torch.float64, device=self.device)
+    def all_reduce(self, numbers: list) -> list[float]:
+        """Sum a list of numbers over all processes, and set `should_stop`. The host waits for the result."""
+        *numbers, stop = map(float, [*numbers, self.stop_signal])
+        if self.world_size > 1:
+            total = torch.tensor([*numbers, stop], dtype=torch.float64, device=self.device)
             dist.all_reduce(total)
-            *numbers, told = total.tolist()
-        self.told = told > 0
+            *numbers, stop = total.tolist()
+        self.should_stop = stop > 0
         return numbers
 
-    def stop_if_told(self):
-        if self.told:
-            raise Stopped(self.heard or signal.SIGTERM)
+    def all_gather(self, value: object) -> list:
+        """The values of all processes, in the order of their ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def raise_if_stopped(self) -> None:
+        if self.should_stop:
+            raise Stopped(self.stop_signal or signal.SIGTERM)
 
 
-def start_processes(device="auto"):
-    """Join the other processes if torchrun started several, and take this one's device."""
-    rank, count, local_rank = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+def init_distributed(device: str = "auto") -> Distributed:
+    """Join the other processes if torchrun started several, and take this one's device. Raises UserError."""
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
         device = torch.device(accelerator.type if device == "auto" else device)
@@ -645,27 +917,27 @@ def start_processes(device="auto"):
             raise RuntimeError(f"torch sees no {device.type} here")
         if device.type != "cpu":
             device = torch.device(device.type, local_rank if device.index is None else device.index)
-            if count > 1 and device.index != local_rank:
+            if world_size > 1 and device.index != local_rank:
                 raise RuntimeError("each process needs a device of its own: leave its number out")
             torch.accelerator.set_device_index(device.index)
             torch.set_float32_matmul_precision("high")  # tf32
     except RuntimeError as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if count == 1:
-        return Processes(device=device)
+    if world_size == 1:
+        return Distributed(device=device)
     dist.init_process_group(dist.get_default_backend_for_device(device))
     if device.type == "cpu" and hasattr(os, "register_at_fork"):
         # A workaround: before Python 3.12 a worker that is forked while a thread of gloo's holds Python's lock hangs.
         os.register_at_fork(before=lambda: time.sleep(0.05))
-    return Processes(rank, count, device)
+    return Distributed(rank, world_size, device)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
-def write_whole(path, data):
+def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Fill a temporary file, flush it to the disk, rename it: at any moment the file at `path` is whole.
 
-    Raises UserError if the disk is full, say; then what was at `path` before is still there.
+    Raises UserError if the disk is full, say; what was at `path` before is then unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -677,10 +949,18 @@ def write_whole(path, data):
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; one written before is still there") from None
+        unchanged = "; the earlier one is unchanged" if path.exists() else ""
+        raise UserError(f"cannot write {path}: {error.strerror}{unchanged}") from None
 
 
-def make_folder(path):
+def encoded(save: Callable, **options) -> memoryview:
+    """The bytes that save(file, **options) writes."""
+    buffer = io.BytesIO()
+    save(buffer, **options)
+    return buffer.getbuffer()
+
+
+def make_folder(path: Path) -> None:
     """The folder --out, made if need be. UserError if nothing can be written there: sooner than after an epoch."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -689,165 +969,120 @@ def make_folder(path):
         raise UserError(f"--out {path}: cannot write in this folder: {error.strerror}") from None
 
 
-def load_checkpoint(path):
-    """What a checkpoint file holds, a dict; no code in it is run. UserError if it is not a checkpoint, or damaged."""
-    try:
-        checkpoint = visiongru.read_checkpoint(path)
-    except OSError as error:
-        raise UserError(f"cannot open the checkpoint {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"cannot use the checkpoint {path}: {error}") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("settings", {}), dict):
-        raise UserError(f"{path} holds no checkpoint of these scripts, and no state dict")
-    return checkpoint
+# The command line -----------------------------------------------------------------------------------------------------
+
+class Option(NamedTuple):
+    """An option of a script; see `options`."""
+
+    argument: dict    # for argparse's add_argument
+    recipe: object    # default with --data
+    built_in: object  # default without
+    help: str
 
 
-def open_checkpoint(args, **defaults):
-    """--weights: the weights in it. Its settings, or else these defaults, become those of `args` that are None."""
-    if not args.weights:
-        raise UserError("--eval and --predict need a checkpoint: --weights FILE")
-    checkpoint = load_checkpoint(args.weights)
-    for name, default in {"model": "tiny", **defaults}.items():
-        if vars(args).get(name) is None:
-            setattr(args, name, checkpoint.get("settings", {}).get(name, default))
-    if args.model not in MODELS:
-        raise UserError(f"{args.weights} has a model called {args.model!r}; expected one of {', '.join(MODELS)}")
-    try:
-        return visiongru.extract_state_dict(checkpoint)
-    except ValueError as error:
-        raise UserError(f"{args.weights}: {error}") from None
-
-
-def fill_model(model, weights, path, say=print):
-    """visiongru.load_weights with what was read from `path`: what it warns of is said, its error is a UserError."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            visiongru.load_weights(model, weights)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
-    for warning in caught:
-        say(f"{path}: {warning.message}")
-
-
-def check_classes(known, classes, name):
-    """UserError if `known`, the classes of the checkpoint called `name` (or None for each), are not the data's."""
-    if len(known) != len(classes):
-        raise UserError(f"{name} was trained on {len(known)} classes and the data has {len(classes)}; to "
-                        f"fine-tune on other classes, train with --weights {name}")
-    for ours, theirs in zip(known, classes):
-        if ours not in (None, theirs):
-            raise UserError(f"{name} was trained on other classes than the data's: {ours!r} where it has {theirs!r}")
-
-
-# Arguments ------------------------------------------------------------------------------------------------------------
-
-def limited(kind, good, expected):
-    """For argparse's type=: a number that is `good`."""
-    def parse(text):
+def number(kind: type, is_valid: Callable, expected: str) -> dict:
+    """Arguments for add_argument: one number for which `is_valid`."""
+    def parse_number(text: str) -> int | float:
         with contextlib.suppress(ValueError):
-            if good(kind(text)):
+            if is_valid(kind(text)):
                 return kind(text)
         raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
-    return parse
+    return {"type": parse_number}
 
 
-COUNT = limited(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1")
-COUNT_OR_NONE = limited(int, lambda n: 0 <= n < 2**31, "a whole number of at least 0")
-AMOUNT = limited(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
-SHARE = limited(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-BELOW_1 = limited(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-ALPHA = limited(float, lambda x: x == 0 or 1e-6 <= x <= 1e6, "0 or a number from 1e-6 to 1e6")
-UP_TO_30 = limited(int, lambda n: 0 <= n <= 30, "a whole number from 0 to 30")
-PIXELS = limited(int, lambda n: 32 <= n <= 16384, "32 to 16384 pixels")
+def two(argument: dict) -> dict:
+    return argument | {"nargs": 2}
 
 
-# For each option: what it takes; its default with --data, the recipe, and without, for the built-in set; what it is. A
-# default of None is made from other options.
-SHARED = {  # by both scripts
-    "weights": (str, None, None, "start from this checkpoint, ours or the authors'; with --eval, --predict: use it"),
-    "accum": (COUNT, 1, 1, "micro-batches per optimizer step"),
-    "betas": ((BELOW_1, BELOW_1), [0.9, 0.999], [0.9, 0.999], "of AdamW"),
-    "drop-path": (BELOW_1, 0.0, 0.0, "probability of stochastic depth, in the last block"),
-    "flip": (SHARE, 0.5, 0.5, "probability of horizontal flips"),
-    "seed": (COUNT_OR_NONE, 0, 0, "of all that is random"),
-    "device": (str, "auto", "auto", "auto, cpu or an accelerator: cuda, cuda:1, mps, xpu"),
-    "amp": (["auto", "bf16", "fp16", "off"], "auto", "auto", "autocast; auto: bf16 on a GPU that has it, else off"),
-    "compile": (bool, False, False, "torch.compile the parts of the model for training; a minute more to start"),
-    "checkpoint": (bool, False, False, "activation checkpointing: less memory for more time, the same result"),
-    "workers": (COUNT_OR_NONE, None, 0, "processes that load images, for each that trains (its share of the cores)"),
-    "out": (str, None, None, "folder for log.jsonl, last.pt and best.pt (runs/DATA-MODEL), or for predictions"),
-    "resume": (str, None, None, "auto: go on from OUT/last.pt if it is there; or FILE"),
-    "save-every": (COUNT_OR_NONE, 0, 0, "steps between checkpoints, besides those at validations; 0: none"),
-}
-FROM_CHECKPOINT = {"weights": None, "data": None, "model": None, "device": "auto", "amp": "auto", "workers": None}
-# DeiT's recipe, as the paper uses it, and what suits the built-in set: few epochs, and no augmentation that cuts off
-# the shapes.
-OPTIONS = {
-    "data": (str, None, None, "folder with {train,val}/<class>/<images>; without it: the built-in set"),
-    "model": (list(MODELS), "tiny", "nano", "size of the model"),
-    "img-size": (PIXELS, 224, 48, "side of the images in pixels"),
-    "val-resize": (PIXELS, None, 48, "shorter side before the central crop, for validation (img-size x 256 / 224)"),
-    "epochs": (COUNT, 300, 4, "times that all images are seen"),
-    "batch-size": (COUNT, 1024, 32, "images per optimizer step, over all processes"),
-    "lr": (AMOUNT, None, 1e-3, "peak learning rate (1e-3 x batch-size / 1024)"),
-    "weight-decay": (AMOUNT, 0.05, 0.05, "on every parameter"),
-    "warmup": (AMOUNT, None, 1, "epochs of rising learning rate (epochs / 15)"),
-    "crop-scale": (SHARE, 0.08, 1.0, "least share of an image that a random crop takes; 1: no random crop"),
-    "randaug": ((UP_TO_30, UP_TO_30), [2, 9], [0, 0], "operations and magnitude of RandAugment"),
-    "erasing": (SHARE, 0.25, 0.0, "probability of random erasing"),
-    "mixup": (ALPHA, 0.8, 0.0, "alpha; 0: none"),
-    "cutmix": (ALPHA, 1.0, 0.0, "alpha; 0: none"),
-    "smoothing": (BELOW_1, 0.1, 0.0, "of the labels"),
-    "ema": (BELOW_1, 0.9999, 0.99, "decay of the moving average of the weights; 0: none"),
-} | SHARED
+TEXT = {"type": str}
+FLAG = {"action": argparse.BooleanOptionalAction}
+COUNT = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1")
+COUNT_OR_NONE = number(int, lambda n: 0 <= n < 2**31, "a whole number of at least 0")
+AMOUNT = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+SHARE = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+BELOW_1 = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+ALPHA = number(float, lambda x: x == 0 or 1e-6 <= x <= 1e6, "0 or a number from 1e-6 to 1e6")
+UP_TO_30 = number(int, lambda n: 0 <= n <= 30, "a whole number from 0 to 30")
+PIXELS = number(int, lambda n: 32 <= n <= 16384, "32 to 16384 pixels")
+AMP = {"nargs": "?", "const": "auto", "choices": ["auto", "bf16", "fp16", "off"]}
+
+# Options of every use of a checkpoint, with their defaults.
+CHECKPOINT_DEFAULTS = {"weights": None, "model": None, "device": "auto", "amp": "auto"}
+
+
+def shared_options() -> dict[str, Option]:
+    return {
+        "weights": Option(TEXT, None, None, "checkpoint to start from or, with --eval and --predict, to use"),
+        "grad-accum-steps": Option(COUNT, 1, 1, "micro-batches per optimizer step"),
+        "opt-betas": Option(two(BELOW_1), [0.9, 0.999], [0.9, 0.999], "betas of AdamW"),
+        "drop-path": Option(BELOW_1, 0.0, 0.0, "stochastic depth rate of the last block"),
+        "hflip": Option(SHARE, 0.5, 0.5, "probability of a horizontal flip"),
+        "seed": Option(COUNT_OR_NONE, 0, 0, "random seed"),
+        "device": Option(TEXT, "auto", "auto", "auto, cpu or an accelerator: cuda, cuda:1, mps, xpu"),
+        "amp": Option(AMP, "auto", "auto", "automatic mixed precision; auto: bf16 on a GPU that has it, else off"),
+        "compile": Option(FLAG, None, None, "torch.compile the model's parts for training (on with CUDA and Triton)"),
+        "grad-checkpointing": Option(FLAG, False, False, "recompute activations in the backward pass to save memory"),
+        "workers": Option(COUNT_OR_NONE, None, 0, "number of data-loading workers per process (share of the cores)"),
+        "out": Option(TEXT, None, None, "output folder for checkpoints and log (runs/DATA-MODEL) or predictions"),
+        "resume": Option(TEXT, None, None, "auto: continue from OUT/last.pt if it exists; or a checkpoint file"),
+        "save-every": Option(COUNT_OR_NONE, 0, 0, "steps between checkpoints, besides those at validations; 0: none"),
+    }
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse's own prints all options too
+    def error(self, message: str) -> None:  # argparse's own prints all options too
         raise UserError(message.removeprefix("argument "))
 
 
-def parse(argv, description, options, from_checkpoint):
-    """The arguments, by a table of `options` as above. With --eval and --predict only those in `from_checkpoint` are of
-    use; they have the defaults given there."""
+def parse(argv: list[str] | None, description: str, options: dict[str, Option], modes: dict[str, dict],
+          inherited: dict[str, list[str]]) -> Namespace:
+    """The arguments. `modes`: for "eval" and "predict" the options that are of use there, and their defaults.
+    `inherited`: for an option that names a checkpoint, the options that default to that checkpoint's config."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS)
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--eval", action="store_true", help="validate the checkpoint --weights")
-    action.add_argument("--predict", nargs="+", metavar="IMAGE", help="use the checkpoint --weights on image files")
-    for name, (kind, recipe, built_in, text) in options.items():
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else \
-            {"choices": kind} if isinstance(kind, list) else \
-            {"type": kind[0], "nargs": len(kind)} if isinstance(kind, tuple) else {"type": kind}
-        shown = dict.fromkeys(str(default) for default in (recipe, built_in) if default is not None and kind != bool)
-        parser.add_argument(f"--{name}", help=text + f" ({'; built-in set: '.join(shown)})" * bool(shown), **how)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--eval", action="store_true", help="validate the checkpoint --weights")
+    group.add_argument("--predict", nargs="+", metavar="IMAGE", help="use the checkpoint --weights on image files")
+    for name, option in options.items():
+        defaults = {str(value): None for value in option[1:3] if value is not None and option.argument is not FLAG}
+        shown = f" ({'; built-in set: '.join(defaults)})" if defaults else ""
+        parser.add_argument(f"--{name}", help=option.help + shown, **option.argument)
     given = vars(parser.parse_args(argv))
-    if given.keys() & {"eval", "predict"}:
-        action, idle = "eval", {"out"}
-        if "predict" in given:
-            action, idle = "predict", {"data", "workers", "batch_size", "num_classes", "ignore_label"}
-        for name in given.keys() - {action} - (from_checkpoint.keys() - idle):
-            parser.error(f"--{name.replace('_', '-')}: does nothing with --{action}")
-        defaults = from_checkpoint
-    else:
-        defaults = {name.replace("-", "_"): row[1 if "data" in given else 2] for name, row in options.items()}
-    args = argparse.Namespace(**{"eval": False, "predict": None, **defaults, **given})
-    if args.workers is None:  # this process's share of the cores
+    mode = next((mode for mode in modes if mode in given), None)
+    if mode:
+        for name in given:
+            if name != mode and name not in modes[mode]:
+                parser.error(f"--{name.replace('_', '-')}: does nothing with --{mode}")
+        return finish({"eval": False, "predict": None, **modes[mode], **given})
+    column = "recipe" if "data" in given else "built_in"
+    defaults = {name.replace("-", "_"): getattr(option, column) for name, option in options.items()}
+    for source, names in inherited.items():
+        missing = [name for name in names if name not in given]
+        if given.get(source) and missing:
+            config = config_of(load_checkpoint(given[source]))
+            defaults |= {name: config[name] for name in missing if name in config}
+            check_model(defaults["model"], given[source])
+    return finish({"eval": False, "predict": None, **defaults, **given})
+
+
+def finish(arguments: dict) -> Namespace:
+    """The arguments as a Namespace, the number of workers filled in."""
+    args = Namespace(**arguments)
+    if vars(args).get("workers", 0) is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if args.data else 0
+        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.data else 0
     return args
 
 
-def parse_arguments(argv=None):
-    args = parse(argv, __doc__, OPTIONS, FROM_CHECKPOINT | {"img_size": None, "val_resize": None, "batch_size": 64})
-    if args.img_size and not args.val_resize:
-        args.val_resize = round(args.img_size * 256 / 224)
-    if not (args.eval or args.predict):
-        args.lr = 1e-3 * args.batch_size / 1024 if args.lr is None else args.lr
-        args.warmup = args.epochs / 15 if args.warmup is None else args.warmup
-        args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'shapes'}-{args.model}"
-    return args
+def dispatch(args: Namespace, train: Callable, evaluate: Callable, predict: Callable) -> int:
+    """Do what the arguments ask for. -> the exit status: 0, 2, or 128 + the number of a signal that stopped it."""
+    distributed = init_distributed(args.device)
+    try:
+        return (predict if args.predict else evaluate if args.eval else train)(args, distributed) or 0
+    except Stopped as stopped:
+        distributed.all_reduce([])  # wait for rank 0 to save: torchrun kills the rest when one exits
+        distributed.print("stopped by a signal, and saved: continue with the same command and --resume auto")
+        return 128 + stopped.args[0]
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -855,33 +1090,22 @@ def parse_arguments(argv=None):
 class UserError(Exception):
     """Something the user can put right. The scripts print its message without a traceback and exit with status 2."""
 
-    def __init__(self, message):
+    def __init__(self, message: object):
         # A DataLoader hands over a worker's exception with the worker's traceback before the message.
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
-def act(args, train, evaluate, predict):
-    """Do what the arguments ask for. -> the exit status: 0, 2, or 128 + the number of a signal that ended it early."""
-    processes = start_processes(args.device)
-    try:
-        return (predict if args.predict else evaluate if args.eval else train)(args, processes) or 0
-    except Stopped as stopped:
-        processes.sum([])  # nobody ends, for torchrun then ends the others, before the first process has saved
-        processes.say("stopped by a signal, and saved: the same command with --resume auto goes on")
-        return 128 + stopped.args[0]
-
-
-def run_script(main):
-    """Run main() and exit with its status; or with 2, and a line without a traceback, for what the user can put right
-    and memory that does not suffice; or with 130 for Ctrl-C while there is nothing to be saved."""
+def run_main(main: Callable) -> None:
+    """Run main() and exit with its status; with 2, and a line without a traceback, for what the user can put right
+    and if memory runs out; with 130 for Ctrl-C while there is nothing to save."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = main()
     except (Exception, KeyboardInterrupt) as error:
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader's handler would raise the error again
-        status = tell(error)
-    end_workers()
+        status = report_error(error)
+    kill_workers()
     if dist.is_initialized():  # to destroy the group in order can hang, if another process waits in a step
         sys.stdout.flush()
         sys.stderr.flush()
@@ -889,14 +1113,14 @@ def run_script(main):
     sys.exit(status)
 
 
-def tell(error):
-    """Say what went wrong. -> the exit status."""
+def report_error(error: BaseException) -> int:
+    """Print what went wrong. -> the exit status."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    if os.environ.get("RANK", "0") != "0":  # if all meet the error, the first one tells it, and torchrun ends the rest
+    if os.environ.get("RANK", "0") != "0":  # if all meet the error, rank 0 reports it and torchrun kills the rest
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    # The system kills a process that loads images when memory runs out; what then fails may be the connection to it.
+    # The system kills a data-loading worker when memory runs out; what then fails may be the connection to it.
     no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError, ConnectionResetError, EOFError)) \
         or any(words in str(error) for words in ("can't allocate memory", "DataLoader worker (pid"))
     if not no_memory and not isinstance(error, UserError):
@@ -905,19 +1129,13 @@ def tell(error):
     message = str(error)
     if no_memory:
         reason = (message.splitlines() or [type(error).__name__])[0]
-        message = (f"{reason}: out of memory? A larger --accum, --checkpoint, fewer --workers, smaller images or "
-                   f"batches need less")
+        message = (f"{reason}: out of memory? More --grad-accum-steps, --grad-checkpointing, fewer --workers, smaller "
+                   f"images or batches need less")
     print(f"error: {message}", file=sys.stderr)
     return 2
 
 
-def end_workers():
-    """End the processes that load images at once. By themselves they would take their time."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-# The built-in set: textured shapes on textured grounds ----------------------------------------------------------------
+# The built-in sets: textured shapes on textured grounds ---------------------------------------------------------------
 
 # Each shape as a test on points (u, v) of its own frame, about 1 in radius.
 SHAPES = {
@@ -934,7 +1152,7 @@ SHAPES = {
 }
 
 
-def draw_scene(shapes, size, generator):
+def draw_scene(shapes: list[int], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw shapes, of these indices into SHAPES, one over the other on a ground; each with a texture, place, size, tilt
     and colours of its own, brighter than the ground. All but the shapes is decided by the torch.Generator.
 
@@ -971,22 +1189,33 @@ class Shapes(Dataset):
 
     classes, side, transform = list(SHAPES), 48, None
 
-    def __init__(self, split, length, size=None, seed=0):
+    def __init__(self, split: str, length: int, size: int | None = None, seed: int = 0):
         self.split, self.length, self.size, self.seed = split, length, size or self.side, seed
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple:
         label = index % len(self.classes)
         generator = torch.Generator().manual_seed(random_seed(self.seed, self.split, index))
         image = v2.functional.to_pil_image(draw_scene([label], self.size, generator)[0])
         return (self.transform(image) if self.transform else image), label
 
 
-def main(argv=None):
-    return act(parse_arguments(argv), train, evaluate_checkpoint, predict)
+class Scenes(Shapes):
+    """For segment.py: one to three shapes on a ground, class 0, one over the other: (PIL image, mask (size, size)
+    uint8). Item i depends on (split, seed, i) alone, and is drawn when asked for."""
+
+    classes, side = ["ground", *SHAPES], 64
+
+    def __getitem__(self, index: int) -> tuple:
+        generator = torch.Generator().manual_seed(random_seed(self.seed, "scene", self.split, index))
+        count = int(torch.randint(1, 4, (), generator=generator))
+        shapes = torch.randint(len(SHAPES), (count,), generator=generator).tolist()
+        image, mask = draw_scene(shapes, self.size, generator)
+        image = v2.functional.to_pil_image(image)
+        return self.transform(image, mask) if self.transform else (image, mask)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_main(main)
