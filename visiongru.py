@@ -117,7 +117,7 @@ def _chunked_scan(a, b, h0, reverse, output, inputs=()):
     """
     T = b.shape[-2]
     # The longest chunk that divides T. If none does, the last chunk is padded with a = 1 and b = 0, which keep a state.
-    chunk = T if T <= CHUNK else next((n for n in range(CHUNK, 3, -1) if T % n == 0), CHUNK)
+    chunk = T if T <= CHUNK else ([n for n in range(CHUNK, 3, -1) if T % n == 0] or [CHUNK])[0]
     if T % chunk:
         padding = (0, 0, 0, -T % chunk)
         a, b, inputs = F.pad(a, padding, value=1.0), F.pad(b, padding), [F.pad(x, padding) for x in inputs]
