@@ -524,14 +524,9 @@ class Run:
                 self.fail(f"the loss is {self.loss} at step {step} of {self.total_steps}, learning rate {self.lr:.3g}")
 
     def validate(self, evaluate: Callable) -> object:
-        """evaluate(). The steps before it are saved if it fails or is stopped; otherwise `record` saves."""
-        self.read_losses()
-        self.check_finite()
-        try:
-            return evaluate()
-        except BaseException:
-            self.save()
-            raise
+        """evaluate(), after saving, since a validation may take long and may be killed."""
+        self.save()
+        return evaluate()
 
     def record(self, scores: dict, text: str, score: float, better: str = "model") -> None:
         """After a validation: a line for the terminal, which begins with `text`; one for the log, with `scores`;
@@ -570,8 +565,8 @@ class Run:
 
     def fail(self, reason: str) -> None:
         last = self.out / "last.pt"
-        raise UserError(f"{reason}; {last} is unchanged. A lower --lr, a longer warm-up or another --amp may help, in a "
-                        f"new run: choose another --out, and --weights {last} to start from the last weights saved")
+        raise UserError(f"{reason}; {last} is unchanged. A lower --lr, a longer warm-up or another --amp may help, in "
+                        f"a new run: choose another --out, and --weights {last} to start from the last weights saved")
 
 
 def accelerator_usage(run: Run) -> dict[str, float]:

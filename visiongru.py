@@ -17,7 +17,7 @@ Read it from top to bottom:
     5. VisionGRU: the hierarchy of four stages, and its named sizes
     6. UPerNet: a class for every pixel, from the maps of the four stages
     7. load_weights, for our checkpoints and those of the paper's authors
-    8. what makes it fast and exportable, and changes no result: minGRU's own gradient, tiles, a scan of any length
+    8. what makes it fast and exportable: minGRU's own gradient, tiles, a scan for a range of lengths
 
 Letters, in the code and in the papers:
 
@@ -54,11 +54,11 @@ from torchvision.ops import Conv2dNormActivation, StochasticDepth
 #
 # Three functions with one signature: a and b are (..., T, E), h0 is (..., E) or None for zero, and the result is every
 # h_t, (..., T, E). With reverse=True time runs from the last element to the first, h_t = a_t h_{t+1} + b_t, and h0 is
-# the state beyond the last element. They raise ValueError if a and b differ in shape, or T is 0.
+# the state beyond the last element. They raise ValueError if the shapes are others, or T is 0.
 
 def scan_sequential(a: Tensor, b: Tensor, h0: Tensor | None = None, reverse: bool = False) -> Tensor:
     """The definition, one step after another: T steps, each on (..., E)."""
-    _check_shapes(a, b)
+    _check_shapes(a, b, h0)
     h = torch.zeros_like(b.select(-2, 0)) if h0 is None else h0
     states = []
     for a_t, b_t in _in_scan_order((a, b), reverse):
@@ -75,7 +75,7 @@ def scan_log(a: Tensor, b: Tensor, h0: Tensor | None = None, reverse: bool = Fal
     It needs a, b, h0 >= 0, and is here for comparison: |log A_t| grows with t, and float32 rounds it to one part in
     10^7. The absolute error of the logarithm is the relative error of h_t, about 1e-2 at T = 65,536.
     """
-    _check_shapes(a, b)
+    _check_shapes(a, b, h0)
     if reverse:
         return scan_log(a.flip(-2), b.flip(-2), h0).flip(-2)
     if h0 is not None:
@@ -92,8 +92,8 @@ def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None, reverse: bool 
     With 0 <= a <= 1, b >= 0 and h0 >= 0 nothing overflows and nothing cancels: in float32 it is as accurate as the
     sequential form, at any length.
     """
-    _check_shapes(a, b)
-    if not isinstance(b.shape[-2], int):  # a symbol, while torch.export traces for a range of T
+    _check_shapes(a, b, h0)
+    if _is_exported_for_a_range(b.shape[-2]):
         return _doubling_scan(a, b, h0, reverse)
     h, _ = _chunked_scan(a, b, h0, reverse, lambda before, h: (h,))
     return h
@@ -150,9 +150,11 @@ def _in_scan_order(tensors, reverse):
     return [tuple(x.select(-2, t) for x in tensors) for t in reversed(range(tensors[0].shape[-2]))]
 
 
-def _check_shapes(a, b):
+def _check_shapes(a, b, h0):
     if a.shape != b.shape or a.ndim < 2 or a.shape[-2] == 0:
         raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; expected both (..., T, E) with T > 0")
+    if h0 is not None and h0.shape != (*b.shape[:-2], b.shape[-1]):
+        raise ValueError(f"h0 has shape {tuple(h0.shape)}; expected {(*b.shape[:-2], b.shape[-1])}")
 
 
 def _at_least_float32(x):
@@ -184,11 +186,10 @@ class MinGRU(nn.Module):
         super().__init__()
         if scan not in SCANS:
             raise ValueError(f"scan is {scan!r}; expected one of {', '.join(map(repr, SCANS))}")
-        hidden = dim * expansion
-        if not isinstance(dim, int) or dim < 1 or hidden < 1 or hidden % 1:
+        if not isinstance(dim, int) or dim < 1 or dim * expansion < 1 or dim * expansion % 1:
             raise ValueError(f"dim is {dim} and expansion {expansion}; expected dim and dim * expansion to be positive "
                              f"integers")
-        self.scan, self.hidden = scan, int(hidden)
+        self.scan, self.hidden = scan, int(dim * expansion)
         self.in_proj = nn.Linear(dim, 2 * self.hidden, bias=False)
         self.out_proj = nn.Identity() if expansion == 1 else nn.Linear(self.hidden, dim, bias=False)
 
@@ -199,8 +200,11 @@ class MinGRU(nn.Module):
         """
         if x.ndim < 2 or x.shape[-2] == 0:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, T, dim) with T of at least 1")
+        if h0 is not None and h0.shape != (*x.shape[:-2], self.hidden):
+            raise ValueError(f"h0 has shape {tuple(h0.shape)}; expected {(*x.shape[:-2], self.hidden)}")
         u = self.in_proj(x)                                                     # (B, T, 2E)
-        if self.scan == "parallel" and isinstance(x.shape[-2], int):  # the lines below, in less memory: see section 8
+        if self.scan == "parallel" and not _is_exported_for_a_range(x.shape[-2]):
+            # What the lines below compute, in less memory: see section 8.
             h, last = _MinGRUScan.apply(u, h0, reverse)                         # (B, T, E), (B, E)
         else:
             a, b = coefficients(u)
@@ -252,9 +256,11 @@ class GRU2D(nn.Module):
         self.right = MinGRU(dim, expansion, scan)
 
     def forward(self, x: Tensor) -> Tensor:
+        def scan(sequence):
+            return self.left(sequence)[0] + self.right(sequence, reverse=True)[0]
+
         sequence = x.flatten(1, 2)                                              # (B, H*W, C), raster order
-        y = self.left(sequence)[0] + self.right(sequence, reverse=True)[0]
-        return y.view_as(x)
+        return _in_tiles(scan, sequence).view_as(x)                             # scan(sequence), see section 8
 
 
 # 4. Around it: block, stem, downsampling ------------------------------------------------------------------------------
@@ -286,7 +292,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = to_channels_last(self.dwconv(to_channels_first(self.norm1(x))))
-        x = x + self.drop_path(_in_tiles(self.gru, y))  # self.gru(y), see section 8
+        x = x + self.drop_path(self.gru(y))
         return x + self.drop_path(self.ffn(self.norm2(x)))
 
 
@@ -604,7 +610,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike | dict) -> nn.Modul
     return model
 
 
-# 8. What makes it fast and exportable, and changes no result ----------------------------------------------------------
+# 8. What makes it fast and exportable ---------------------------------------------------------------------------------
 
 class _MinGRUScan(torch.autograd.Function):
     """u (B, T, 2E), h0 (B, E) or None -> every h_t, (B, T, E) in u's type, and the state after the last step, (B, E).
@@ -618,7 +624,9 @@ class _MinGRUScan(torch.autograd.Function):
         S_t = a_t G_t = a_t S_{t+1} + a_t grad_t,    and so dL/dh_0 = S_1,
 
         dL/d(W_h x)_t = G_t z_t g'(W_h x_t),
-        dL/d(W_z x)_t = G_t z_t a_t (h~_t - h_{t-1}) = G_t z_t (h~_t - h_t).
+        dL/d(W_z x)_t = G_t z_t a_t (h~_t - h_{t-1}).
+
+    (The last one equals G_t z_t (h~_t - h_t), which loses its digits to the rounding of h_t where gates are open.)
     """
 
     generate_vmap_rule = True  # for torch.vmap and torch.func
@@ -630,31 +638,40 @@ class _MinGRUScan(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        u, _, ctx.reverse = inputs
-        ctx.save_for_backward(u, outputs[0])
+        u, h0, ctx.reverse = inputs
+        ctx.save_for_backward(u, outputs[0], h0)
 
     @staticmethod
     def backward(ctx, grad, grad_last):
-        def output(S_next, S, u, h, grad):
+        def output(S_next, S, u, a, h_before, grad):
             z, candidate = gate_and_candidate(u)
             v, _ = u.chunk(2, dim=-1)
             slope = torch.maximum(v.sign(), candidate * (1 - candidate))  # g'(v): 1 for v > 0, sigmoid'(v) for v <= 0
             Gz = (grad + S_next) * z
-            return (Gz * slope).to(u.dtype), (Gz * (candidate - h)).to(u.dtype)
+            return (Gz * slope).to(u.dtype), (Gz * a * (candidate - h_before)).to(u.dtype)
 
-        u, h = ctx.saved_tensors
+        u, h, h0 = ctx.saved_tensors
         # decay(u), by another operation than in forward: what both compute alike, torch.compile stores for backward.
         a = torch.sigmoid(-_at_least_float32(u[..., h.shape[-1]:]))
-        du, dh0 = _chunked_scan(a, a * grad, grad_last, not ctx.reverse, output, (u, h, grad))
+        h_before = F.pad(h, (0, 0, -1, 1) if ctx.reverse else (0, 0, 1, -1))  # shifted by a step, from h0 or zero
+        if h0 is not None:
+            T, h0 = h.shape[-2], h0.unsqueeze(-2).to(h.dtype)
+            h_before = h_before + F.pad(h0, (0, 0, T - 1, 0) if ctx.reverse else (0, 0, 0, T - 1))
+        du, dh0 = _chunked_scan(a, a * grad, grad_last, not ctx.reverse, output, (u, a, h_before, grad))
         return du, dh0 if ctx.needs_input_grad[1] else None, None
 
 
-def _in_tiles(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """layer(x), on a CPU in tiles of a few images, of about 2**20 numbers each: the hidden activations, four times as
-    many, then stay in the cache, which saves a tenth of the time of stage 1 at 224 px, batch 8."""
+def _in_tiles(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), on a CPU in tiles of a few images, of about 2**20 numbers each: the hidden activations, four times
+    as many, then stay in the cache, which saves a tenth of the time of stage 1 at 224 px, batch 8."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= 2**20:
-        return layer(x)
-    return torch.cat([layer(tile) for tile in x.split(max(1, 2**20 // x[0].numel()))])
+        return function(x)
+    return torch.cat([function(tile) for tile in x.split(max(1, 2**20 // x[0].numel()))])
+
+
+def _is_exported_for_a_range(T):
+    """Whether T is a symbol, for a range of lengths, in torch.export. (torch.compile traces anew for other lengths.)"""
+    return isinstance(T, torch.SymInt) and not torch.compiler.is_dynamo_compiling()
 
 
 def _doubling_scan(a, b, h0, reverse):

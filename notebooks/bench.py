@@ -103,7 +103,7 @@ def make_step(name, size, batch, mode, device, amp, compiled):
     model.train(mode == "train")
     network = model
     if compiled and name.startswith("ours"):
-        compile_parts(model, say=lambda words: None)
+        compile_parts(model, log=lambda text: None)
     elif compiled:
         network = torch.compile(model, dynamic=False)
     x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
@@ -209,7 +209,8 @@ def measure_scans(lengths, batch, hidden, rounds, device):
         u = torch.randn(batch, T, 2 * hidden, device=device, requires_grad=True)
         grad, target = torch.randn(2, batch, T, hidden, device=device)
         # Autograd through the loop takes time that grows with the square of T: half a minute at 12,544.
-        scans = {name: recurrence(hidden, name, device) for name in visiongru.SCANS if name != "sequential" or T <= 4096}
+        names = [name for name in visiongru.SCANS if name != "sequential" or T <= 4096]
+        scans = {name: recurrence(hidden, name, device) for name in names}
         seconds = {name: [] for name in (*scans, "copy")}
         for _ in range(rounds + 1):
             for name, scan in scans.items():

@@ -10,7 +10,7 @@ classes that the weights with that score give the validation images, in their or
 
 The models have 1.7 to 2.0 M parameters with ten classes, but not the same number of multiply-adds. All are trained with
 the recipe of VisionGRU; only the learning rate should be sought for each. "nano, X" is nano with X changed, "X+Y" with
-both. --checkpoint, --compile and --weights are for VisionGRU alone, and resnet and vit have no --drop-path.
+both. --grad-checkpointing, --compile and --weights are for VisionGRU alone, and resnet and vit have no --drop-path.
 """
 
 import argparse
@@ -23,18 +23,19 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransformer
-from torchvision.models.convnext import CNBlockConfig
-from torchvision.models.resnet import BasicBlock
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import train  # noqa: E402, I001: before torch, for OpenMP's settings
 import segment  # noqa: E402
-import train  # noqa: E402
 import visiongru  # noqa: E402
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransformer  # noqa: E402
+from torchvision.models.convnext import CNBlockConfig  # noqa: E402
+from torchvision.models.resnet import BasicBlock  # noqa: E402
+
 from visiongru import to_channels_first  # noqa: E402
 
 
@@ -167,8 +168,6 @@ train.MODELS |= {
     "resnet": lambda num_classes=1000, **_: resnet(num_classes),
     "vit": lambda num_classes=1000, **_: vit(num_classes, IMG_SIZE["px"])}
 train.MODELS |= {f"nano, {variant}": partial(nano, variant) for variant in VARIANTS}
-for script in train, segment:
-    script.OPTIONS["model"] = (list(train.MODELS), *script.OPTIONS["model"][1:])
 
 
 # A run ----------------------------------------------------------------------------------------------------------------
@@ -220,8 +219,9 @@ def predictions(model, args):
     """The class that a classifier gives each validation image."""
     [data] = train.open_data(args, ["val"])
     data.transform = train.eval_transform(args.img_size, args.val_resize)
-    loader = train.evaluation_loader(data, 64, args, train.Processes())
-    return [label for images, _ in loader for label in model(images).argmax(1).tolist()]
+    loader = train.validation_loader(data, 64, args, train.Distributed())
+    normalize = train.normalizer(torch.device("cpu"))
+    return [label for images, _ in loader for label in model(normalize(images)).argmax(1).tolist()]
 
 
 def compare(script, argv, command):
@@ -237,12 +237,11 @@ def compare(script, argv, command):
     if status or os.environ.get("RANK", "0") != "0":
         return status
     best = train.load_checkpoint(Path(args.out, "best.pt"))
-    model = make_model(script, args, len(best["settings"]["classes"])).eval()
-    state = {key.removeprefix("module."): value for key, value in best[best["better"]].items() if key != "n_averaged"}
-    model.load_state_dict(state)
+    model = make_model(script, args, len(best["config"]["classes"])).eval()
+    model.load_state_dict(best[best["better"]])
     last = {"best": best["best"]} | ({"predicted": predictions(model, args)} if script is train else {})
     log, end = Path(args.out, "log.jsonl").read_text(), json.dumps(last, separators=(",", ":"))
-    train.write_whole(Path(f"{Path(args.out)}.jsonl"), f"{json.dumps(first)}\n{log}{end}\n".encode())
+    train.atomic_write(Path(f"{Path(args.out)}.jsonl"), f"{json.dumps(first)}\n{log}{end}\n".encode())
     return 0
 
 
@@ -284,4 +283,4 @@ def main():
 
 
 if __name__ == "__main__":
-    train.run_script(main)
+    train.run_main(main)
