@@ -1,8 +1,8 @@
-"""VisionGRU: an image backbone that mixes positions with a linear recurrence, minGRU, rather than attention.
+"""VisionGRU: an image backbone that mixes spatial positions with a linear recurrence, minGRU, instead of attention.
 
     model = visiongru_tiny(num_classes=10)                 # any height and width of at least 32 pixels
     logits = model(torch.randn(2, 3, 224, 320))            # (2, 10)
-    maps = model.features(torch.randn(2, 3, 512, 512))     # for dense prediction: 1/4, 1/8, 1/16 and 1/32 of the size
+    maps = model.features(torch.randn(2, 3, 512, 512))     # four feature maps, at strides 4, 8, 16 and 32
 
 The paper: Yin et al., "VisionGRU: A Linear-Complexity RNN Model for Efficient Image Analysis", arXiv 2412.18178; its
 official code: github.com/YangLiu9208/VisionGRU. minGRU: Feng et al., arXiv 2410.01201. The log-space scan: Heinsen,
@@ -19,7 +19,7 @@ Read it from top to bottom:
     7. load_weights, for our checkpoints and those of the paper's authors
     8. what makes it fast and exportable: minGRU's own gradient, tiles, a scan for a range of lengths
 
-Letters, in the code and in the papers:
+Notation, in the code and in the papers:
 
     B        images, or sequences, in a batch
     T        length of a sequence; for an image T = H W, its pixels row after row (raster order)
@@ -28,7 +28,7 @@ Letters, in the code and in the papers:
     K        classes, of images or of pixels
     E        hidden width of a minGRU, E = expansion * dim
     z, h~    the gate in (0, 1), and the candidate, never negative, that it lets in
-    u        what both are made of: W_h x and W_z x side by side, (B, T, 2E)
+    u        the pre-activations of both, W_h x and W_z x concatenated: (B, T, 2E)
     a, b     coefficients of the recurrence; in minGRU a = 1 - z and b = z * h~
     h, h0    the state, and the state before the first step
 
@@ -103,17 +103,17 @@ SCANS = {"parallel": scan_parallel, "log": scan_log, "sequential": scan_sequenti
 CHUNK = 16  # steps; torch.compile does not fuse those of a longer chunk into one kernel
 
 
-def _chunked_scan(a, b, h0, reverse, output, inputs=()):
-    """Cut the sequence into chunks of up to 16 steps, and step through all chunks at once, twice:
+def _chunked_scan(a, b, h0, reverse, emit, inputs=()):
+    """Cut the sequence into chunks of up to CHUNK steps, and step through all chunks at once, in three passes:
 
-        1. From a state of zero, for each chunk's decay (the product of its a_t) and local state (the h_t at its end).
+        1. From a state of zero, find each chunk's decay (the product of its a_t) and local state (the h_t at its end).
         2. A chunk turns the state before it into decay * state + local. So these states obey the same recurrence, in a
            sequence shorter by the chunk length. Scan it in the same way for the carry, the state before each chunk.
-        3. From the carry, for every h_t.
+        3. From the carry, find every h_t.
 
-    `output` is called in each of the last steps with (h_{t-1}, h_t, *that step of `inputs`), and returns a tuple of
-    tensors (..., E), all that is stored of the step. Here it only selects h_t; section 8 computes gradients in it.
-    Returns the outputs side by side, (..., T, E * length of the tuple), and the state after the last step, (..., E).
+    In each step of the third pass `emit` is called with (h_{t-1}, h_t, *that step of `inputs`). It returns a tuple of
+    tensors (..., E), and these alone are stored: here one of the states, in section 8 gradients.
+    Returns all that was emitted, concatenated, (..., T, E * length of the tuple), and the state after the last step.
     """
     T = b.shape[-2]
     # The longest chunk that divides T. If none does, the last chunk is padded with a = 1 and b = 0, which keep a state.
@@ -127,18 +127,20 @@ def _chunked_scan(a, b, h0, reverse, output, inputs=()):
     if T <= CHUNK:  # a single chunk
         h = torch.zeros_like(steps[0][1]) if h0 is None else h0.unsqueeze(-2)
     else:
-        decay, local, *_ = steps[0]
+        chunk_decay, local, *_ = steps[0]
         for a_t, b_t, *_ in steps[1:]:
-            decay, local = a_t * decay, torch.addcmul(b_t, a_t, local)
-        h, last = _chunked_scan(decay, local, h0, reverse, lambda before, h: (before,))
+            chunk_decay, local = a_t * chunk_decay, torch.addcmul(b_t, a_t, local)
+        h, last = _chunked_scan(chunk_decay, local, h0, reverse, lambda before, h: (before,))
 
-    outputs = []
+    emitted = []
     for a_t, b_t, *inputs_t in steps:
         before, h = h, torch.addcmul(b_t, a_t, h)
-        outputs.append(output(before, h, *inputs_t))
-    flat = [x for of_step in (outputs[::-1] if reverse else outputs) for x in of_step]
+        emitted.append(emit(before, h, *inputs_t))
+    if T <= CHUNK:
+        last = h.squeeze(-2)
+    flat = [x for step in (emitted[::-1] if reverse else emitted) for x in step]
     y = torch.stack(flat, dim=-2).unflatten(-2, (chunk, -1))                    # (..., T / chunk, chunk, tuple, E)
-    return y.flatten(-2).flatten(-3, -2)[..., :T, :], h.squeeze(-2) if T <= CHUNK else last
+    return y.flatten(-2).flatten(-3, -2)[..., :T, :], last
 
 
 def _in_scan_order(tensors, reverse):
@@ -172,12 +174,13 @@ class MinGRU(nn.Module):
         y_t  = W_o h_t        (y_t = h_t where expansion = 1)
 
     `in_proj` holds the rows of W_h, then those of W_z; `out_proj` is W_o. There are no biases. The recurrence is
-    computed in at least float32, even under autocast, and the state stays in that type.
+    computed in at least float32, even under autocast, and the state stays in that dtype.
 
     Args:
         dim: width of the inputs and outputs.
         expansion: hidden width E as a multiple of dim.
         scan: "parallel", "log" or "sequential": how the recurrence is computed. The results agree up to rounding.
+            Forward-mode derivatives (torch.func.jvp and hessian) need one of the last two.
     Raises:
         ValueError: an unknown scan, or a width that is not a positive integer.
     """
@@ -221,7 +224,7 @@ class MinGRU(nn.Module):
 
 
 def coefficients(u: Tensor) -> tuple[Tensor, Tensor]:
-    """u (..., 2E), W_h x and W_z x side by side -> a = 1 - z and b = z * h~, both (..., E), in at least float32."""
+    """u (..., 2E), W_h x and W_z x concatenated -> a = 1 - z and b = z * h~, both (..., E), in at least float32."""
     z, candidate = gate_and_candidate(u)
     return decay(u), z * candidate
 
@@ -369,8 +372,8 @@ class VisionGRU(nn.Module):
         """x (B, 3, H, W) -> the outputs of the four stages, (B, C_i, H_i, W_i), with C_i = dim, 2 dim, 4 dim, 8 dim and
         1/4, 1/8, 1/16, 1/32 of the image's size, rounded up. They are not normalised.
 
-        H and W are at least 32, and the type is any floating point, which is cast to the parameters' own. Raises
-        ValueError for other images.
+        H and W are at least 32 (33 where torch.export is given a range). Any floating-point dtype is accepted and cast
+        to that of the parameters. Raises ValueError for other images.
         """
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] < 32 or x.shape[3] < 32:
             raise ValueError(f"images have shape {tuple(x.shape)}; expected (B, 3, H, W), H and W at least 32")
@@ -396,19 +399,19 @@ class VisionGRU(nn.Module):
         return self.head(self.features(x)[-1].mean(dim=(2, 3)))
 
 
-def visiongru_nano(**kw) -> VisionGRU:
+def visiongru_nano(**kwargs) -> VisionGRU:
     """Not in the paper; for laptops and tests: 2.0 M parameters. Takes the arguments of VisionGRU."""
-    return VisionGRU(**{"dim": 24, "depths": (1, 1, 4, 1), **kw})
+    return VisionGRU(**{"dim": 24, "depths": (1, 1, 4, 1), **kwargs})
 
 
-def visiongru_tiny(**kw) -> VisionGRU:
+def visiongru_tiny(**kwargs) -> VisionGRU:
     """The paper's VisionGRU-Ti: 30.2 M parameters, 4.87 G multiply-adds at 224 px."""
-    return VisionGRU(**{"dim": 72, "depths": (2, 2, 8, 2), **kw})
+    return VisionGRU(**{"dim": 72, "depths": (2, 2, 8, 2), **kwargs})
 
 
-def visiongru_base(**kw) -> VisionGRU:
+def visiongru_base(**kwargs) -> VisionGRU:
     """The paper's VisionGRU-B: 86.9 M parameters, 14.9 G multiply-adds at 224 px."""
-    return VisionGRU(**{"dim": 104, "depths": (2, 2, 15, 2), **kw})
+    return VisionGRU(**{"dim": 104, "depths": (2, 2, 15, 2), **kwargs})
 
 
 # 6. UPerNet: semantic segmentation ------------------------------------------------------------------------------------
@@ -453,7 +456,7 @@ class UPerHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """A second, small classifier of pixels, on one map (B, C, H, W) -> logits (B, K, H, W). Used in training only."""
+    """Auxiliary classifier of pixels, for training only: one map (B, C, H, W) -> logits (B, K, H, W)."""
 
     def __init__(self, dim: int, num_classes: int, channels: int = 256):
         super().__init__()
@@ -468,7 +471,7 @@ class FCNHead(nn.Module):
 class UPerNet(nn.Module):
     """UPerNet on VisionGRU, with an auxiliary FCN head on stage 3, as the paper segments ADE20K.
 
-    The backbone becomes a part of this model and loses its classifier. `channels` and `aux_channels` are the widths of
+    `backbone` is modified in place: its classifier becomes nn.Identity. `channels` and `aux_channels` are the widths of
     the decoder and of the auxiliary head. Raises ValueError if a number is not a positive integer.
     """
 
@@ -497,8 +500,8 @@ class UPerNet(nn.Module):
 
 # 7. Loading weights ---------------------------------------------------------------------------------------------------
 
-# (a pattern in the release's names, ours), applied in this order. min_gru_1 reads forward; to_hidden_and_gate has the
-# candidate's rows first, as our in_proj has.
+# Pairs (pattern in the release's names, ours), applied in this order. min_gru_1 reads forward; to_hidden_and_gate has
+# the candidate's rows first, as our in_proj has.
 _RELEASE_NAMES = [
     (r"\b(module|_orig_mod|model|vig)\.", ""),  # prefixes that wrappers add
     (r"\btokenizer\.", "stem."),
@@ -546,7 +549,7 @@ def extract_state_dict(checkpoint: object) -> dict[str, Tensor]:
     """
     state = checkpoint if isinstance(checkpoint, dict) else {}
     keys = str(state.get("better")), "ema", "model", "state_dict"
-    state = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
+    state = next((state[key] for key in keys if isinstance(state.get(key), dict) and state[key]), state)
     state = {str(key): value for key, value in state.items() if isinstance(value, Tensor) and key != "n_averaged"}
     if not state:
         raise ValueError("it holds no weights; expected a dict of parameter names and tensors")
@@ -613,7 +616,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike | dict) -> nn.Modul
 # 8. What makes it fast and exportable ---------------------------------------------------------------------------------
 
 class _MinGRUScan(torch.autograd.Function):
-    """u (B, T, 2E), h0 (B, E) or None -> every h_t, (B, T, E) in u's type, and the state after the last step, (B, E).
+    """u (B, T, 2E), h0 (B, E) or None -> every h_t, (B, T, E) in u's dtype, and the state after the last step, (B, E).
 
     It equals scan_parallel(*coefficients(u), h0, reverse), but saves only u and h for backward, which recomputes the
     gates. Compiled for a GPU, a minGRU of stage 1 in bf16, batch 128, then moves 1.9 GB instead of 4.1.
@@ -629,7 +632,7 @@ class _MinGRUScan(torch.autograd.Function):
     (The last one equals G_t z_t (h~_t - h_t), which loses its digits to the rounding of h_t where gates are open.)
     """
 
-    generate_vmap_rule = True  # for torch.vmap and torch.func
+    generate_vmap_rule = True  # for torch.vmap and torch.func. (torch.compile accepts no jvp method.)
 
     @staticmethod
     def forward(u, h0, reverse):
@@ -643,7 +646,7 @@ class _MinGRUScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_last):
-        def output(S_next, S, u, a, h_before, grad):
+        def emit(S_next, S, u, a, h_before, grad):
             z, candidate = gate_and_candidate(u)
             v, _ = u.chunk(2, dim=-1)
             slope = torch.maximum(v.sign(), candidate * (1 - candidate))  # g'(v): 1 for v > 0, sigmoid'(v) for v <= 0
@@ -657,12 +660,12 @@ class _MinGRUScan(torch.autograd.Function):
         if h0 is not None:
             T, h0 = h.shape[-2], h0.unsqueeze(-2).to(h.dtype)
             h_before = h_before + F.pad(h0, (0, 0, T - 1, 0) if ctx.reverse else (0, 0, 0, T - 1))
-        du, dh0 = _chunked_scan(a, a * grad, grad_last, not ctx.reverse, output, (u, a, h_before, grad))
+        du, dh0 = _chunked_scan(a, a * grad, grad_last, not ctx.reverse, emit, (u, a, h_before, grad))
         return du, dh0 if ctx.needs_input_grad[1] else None, None
 
 
 def _in_tiles(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), on a CPU in tiles of a few images, of about 2**20 numbers each: the hidden activations, four times
+    """function(x), on a CPU in tiles of a few images, of about 2**20 elements each: the hidden activations, four times
     as many, then stay in the cache, which saves a tenth of the time of stage 1 at 224 px, batch 8."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= 2**20:
         return function(x)
