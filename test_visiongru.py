@@ -354,7 +354,7 @@ def test_any_size_and_aspect_gives_a_map_for_each_stage_logits_for_each_pixel_an
 
 @pytest.mark.parametrize("make, arguments, message", [
     (MinGRU, [dict(dim=4, scan="fast")], "expected one of 'parallel', 'log', 'sequential'"),
-    (MinGRU, [dict(dim=0), dict(dim=5, expansion=1.5), dict(dim=4, expansion=math.inf)], "positive integers"),
+    (MinGRU, [dict(dim=0), dict(dim=5, expansion=1.5), dict(dim=4, expansion=math.inf)], "positive integer"),
     (VisionGRU, [dict(dim=7), dict(dim=-8), dict(dim=72.0)], "expected an even number"),
     (VisionGRU, [dict(depths=(2, 2)), dict(depths=(2, 2, 0, 2)), dict(depths=(2, 2, 8.0, 2))],
      "expected four positive integers"),
@@ -376,7 +376,7 @@ def test_images_that_are_none_are_refused_and_no_images_give_no_logits():
             model(torch.zeros(shape))
     with pytest.raises(ValueError, match="torch.uint8; expected floating point"):
         model(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"shape \(2, 0, 4\); expected \(B, T, dim\) with T of at least 1"):
+    with pytest.raises(ValueError, match=r"shape \(2, 0, \d+\).*; expected .* with T > 0"):
         MinGRU(4)(torch.zeros(2, 0, 4))
     assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 5)
 
@@ -590,10 +590,14 @@ def test_a_head_of_another_class_count_or_of_none_is_left_alone_with_one_message
 def test_what_does_not_fit_and_files_that_hold_no_weights_are_errors_that_name_it_and_change_nothing(tmp_path):
     model, state = VisionGRU(5, **MICRO), state_of(VisionGRU(5, **SMALL)) | {"extra.weight": torch.zeros(1)}
     before = state_of(model)
-    with pytest.raises(ValueError, match=r"missing: stages.2.1.* and \d+ more\n *unexpected: extra.weight\n *"
-                                         r"of another shape: stem.conv1.weight \(.* and \d+ more") as error:
+    with pytest.raises(ValueError, match=r"fit this VisionGRU\n *missing: stages.2.1(.|\n)* and \d+ more$") as error:
         load_weights(model, state)
     assert len(str(error.value)) < 1000 and same(model, before)
+    for changed, message in ((state_of(model) | {"extra.weight": torch.zeros(1)}, "unexpected: extra.weight"),
+                             (state_of(model) | {"stem.conv1.weight": torch.zeros(4, 3, 3)},
+                              r"stem.conv1.weight has shape \(4, 3, 3\), expected \(4, 3, 3, 3\)")):
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, changed)
     torch.save({"a": 1}, tmp_path / "dict.pt")
     torch.save(torch.nn.Identity(), tmp_path / "pickle.pt")
     for name, error in (("dict.pt", ValueError), ("pickle.pt", ValueError), ("absent.pt", FileNotFoundError)):

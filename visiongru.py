@@ -42,6 +42,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +96,7 @@ def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None, reverse: bool 
     _check_shapes(a, b, h0)
     if _is_exported_for_a_range(b.shape[-2]):
         return _doubling_scan(a, b, h0, reverse)
-    h, _ = _chunked_scan(a, b, h0, reverse, lambda before, h: (h,))
-    return h
+    return _chunked_scan(a, b, h0, reverse, lambda before, h: (h,))[0]
 
 
 SCANS = {"parallel": scan_parallel, "log": scan_log, "sequential": scan_sequential}
@@ -159,6 +159,12 @@ def _check_shapes(a, b, h0):
         raise ValueError(f"h0 has shape {tuple(h0.shape)}; expected {(*b.shape[:-2], b.shape[-1])}")
 
 
+def _check_positive_integers(**values):
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a positive integer")
+
+
 def _at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -189,9 +195,9 @@ class MinGRU(nn.Module):
         super().__init__()
         if scan not in SCANS:
             raise ValueError(f"scan is {scan!r}; expected one of {', '.join(map(repr, SCANS))}")
-        if not isinstance(dim, int) or dim < 1 or dim * expansion < 1 or dim * expansion % 1:
-            raise ValueError(f"dim is {dim} and expansion {expansion}; expected dim and dim * expansion to be positive "
-                             f"integers")
+        _check_positive_integers(dim=dim)
+        if dim * expansion < 1 or dim * expansion % 1:
+            raise ValueError(f"expansion is {expansion}; expected dim * expansion to be a positive integer")
         self.scan, self.hidden = scan, int(dim * expansion)
         self.in_proj = nn.Linear(dim, 2 * self.hidden, bias=False)
         self.out_proj = nn.Identity() if expansion == 1 else nn.Linear(self.hidden, dim, bias=False)
@@ -201,10 +207,6 @@ class MinGRU(nn.Module):
 
         With reverse=True the sequence is read from its end, and h0 is the state beyond the end.
         """
-        if x.ndim < 2 or x.shape[-2] == 0:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, T, dim) with T of at least 1")
-        if h0 is not None and h0.shape != (*x.shape[:-2], self.hidden):
-            raise ValueError(f"h0 has shape {tuple(h0.shape)}; expected {(*x.shape[:-2], self.hidden)}")
         u = self.in_proj(x)                                                     # (B, T, 2E)
         if self.scan == "parallel" and not _is_exported_for_a_range(x.shape[-2]):
             # What the lines below compute, in less memory: see section 8.
@@ -268,14 +270,6 @@ class GRU2D(nn.Module):
 
 # 4. Around it: block, stem, downsampling ------------------------------------------------------------------------------
 
-def to_channels_first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)                                                # (B, H, W, C) -> (B, C, H, W)
-
-
-def to_channels_last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)                                                # (B, C, H, W) -> (B, H, W, C)
-
-
 class Block(nn.Module):
     """x = x + 2DGRU(DWConv3x3(LN(x))), then x = x + FFN(LN(x)). (B, H, W, C) -> (B, H, W, C).
 
@@ -294,8 +288,8 @@ class Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = to_channels_last(self.dwconv(to_channels_first(self.norm1(x))))
-        x = x + self.drop_path(self.gru(y))
+        y = self.dwconv(self.norm1(x).permute(0, 3, 1, 2))                      # (B, C, H, W)
+        x = x + self.drop_path(self.gru(y.permute(0, 2, 3, 1)))                 # (B, H, W, C)
         return x + self.drop_path(self.ffn(self.norm2(x)))
 
 
@@ -310,8 +304,8 @@ class Stem(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.norm1(to_channels_last(self.conv1(x))))
-        return self.norm2(to_channels_last(self.conv2(to_channels_first(x))))
+        x = F.gelu(self.norm1(self.conv1(x).permute(0, 2, 3, 1)))               # (B, H/2, W/2, dim/2)
+        return self.norm2(self.conv2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 class Downsample(nn.Module):
@@ -323,7 +317,7 @@ class Downsample(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(to_channels_last(self.conv(to_channels_first(x))))
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 # 5. VisionGRU ---------------------------------------------------------------------------------------------------------
@@ -352,8 +346,7 @@ class VisionGRU(nn.Module):
             raise ValueError(f"depths is {depths!r}; expected four positive integers, one for each stage")
         if not isinstance(dim, int) or dim < 2 or dim % 2:
             raise ValueError(f"dim is {dim}; expected an even number of at least 2 (the stem starts with half of it)")
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}; expected a positive integer")
+        _check_positive_integers(num_classes=num_classes)
         if mlp_ratio * dim < 1:
             raise ValueError(f"mlp_ratio is {mlp_ratio}; expected mlp_ratio * dim to be at least 1")
         if not 0 <= drop_path < 1:
@@ -391,7 +384,7 @@ class VisionGRU(nn.Module):
                 x = run(self.downsamples[i - 1], x)
             for block in stage:
                 x = run(block, x)
-            maps.append(to_channels_first(x))
+            maps.append(x.permute(0, 3, 1, 2))                                  # (B, C_i, H_i, W_i)
         return maps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -399,19 +392,10 @@ class VisionGRU(nn.Module):
         return self.head(self.features(x)[-1].mean(dim=(2, 3)))
 
 
-def visiongru_nano(**kwargs) -> VisionGRU:
-    """Not in the paper; for laptops and tests: 2.0 M parameters. Takes the arguments of VisionGRU."""
-    return VisionGRU(**{"dim": 24, "depths": (1, 1, 4, 1), **kwargs})
-
-
-def visiongru_tiny(**kwargs) -> VisionGRU:
-    """The paper's VisionGRU-Ti: 30.2 M parameters, 4.87 G multiply-adds at 224 px."""
-    return VisionGRU(**{"dim": 72, "depths": (2, 2, 8, 2), **kwargs})
-
-
-def visiongru_base(**kwargs) -> VisionGRU:
-    """The paper's VisionGRU-B: 86.9 M parameters, 14.9 G multiply-adds at 224 px."""
-    return VisionGRU(**{"dim": 104, "depths": (2, 2, 15, 2), **kwargs})
+# The named sizes take all other arguments of VisionGRU. Multiply-adds are for an image of 224x224 pixels.
+visiongru_nano = partial(VisionGRU, dim=24, depths=(1, 1, 4, 1))    # 2.0 M parameters; ours, for laptops and tests
+visiongru_tiny = partial(VisionGRU, dim=72, depths=(2, 2, 8, 2))    # 30.2 M, 4.87 G multiply-adds; the paper's Ti
+visiongru_base = partial(VisionGRU, dim=104, depths=(2, 2, 15, 2))  # 86.9 M, 14.9 G multiply-adds; the paper's B
 
 
 # 6. UPerNet: semantic segmentation ------------------------------------------------------------------------------------
@@ -477,9 +461,7 @@ class UPerNet(nn.Module):
 
     def __init__(self, backbone: VisionGRU, num_classes: int, channels: int = 512, aux_channels: int = 256):
         super().__init__()
-        for name, value in ("num_classes", num_classes), ("channels", channels), ("aux_channels", aux_channels):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value}; expected a positive integer")
+        _check_positive_integers(num_classes=num_classes, channels=channels, aux_channels=aux_channels)
         self.num_classes = num_classes
         backbone.head = nn.Identity()
         self.backbone = backbone
@@ -548,8 +530,10 @@ def extract_state_dict(checkpoint: object) -> dict[str, Tensor]:
     there are no weights, or if one is anything but a dense tensor of finite floating-point numbers.
     """
     state = checkpoint if isinstance(checkpoint, dict) else {}
-    keys = str(state.get("better")), "ema", "model", "state_dict"
-    state = next((state[key] for key in keys if isinstance(state.get(key), dict) and state[key]), state)
+    for key in str(state.get("better")), "ema", "model", "state_dict":
+        if isinstance(state.get(key), dict) and state[key]:
+            state = state[key]
+            break
     state = {str(key): value for key, value in state.items() if isinstance(value, Tensor) and key != "n_averaged"}
     if not state:
         raise ValueError("it holds no weights; expected a dict of parameter names and tensors")
@@ -571,8 +555,8 @@ def load_weights(model: nn.Module, source: str | os.PathLike | dict) -> nn.Modul
     another number of classes, or none, leaves the model's classifier at its initial values, with a warning. A VisionGRU
     takes the backbone of a segmentation model, and the `.backbone` of a UPerNet takes a classification model.
 
-    Raises OSError or ValueError as `read_checkpoint` and `extract_state_dict` do, and ValueError if the weights do not
-    fit: the message lists what is missing, unexpected and of another shape. The model is then unchanged.
+    Raises OSError or ValueError as `read_checkpoint` and `extract_state_dict` do, and ValueError, listing what does not
+    fit, for the weights of another model. The model is then unchanged.
     """
     if isinstance(source, (str, os.PathLike)):
         try:
@@ -587,28 +571,25 @@ def load_weights(model: nn.Module, source: str | os.PathLike | dict) -> nn.Modul
         raise ValueError("these weights have no decoder; for the backbone alone: load_weights(model.backbone, ...)")
     if "head.weight" not in expected:  # segmentation models have no classifier of images
         state = {key: value for key, value in state.items() if not re.match(r"(backbone\.)?head\.", key)}
+
+    notes = []
     for head in "head", "decode_head.conv_seg", "auxiliary_head.conv_seg":
         ours, theirs = expected.get(f"{head}.weight"), state.get(f"{head}.weight")
-        if ours is None or (theirs is None and head != "head"):
+        if ours is None or (theirs is not None and (theirs.ndim != ours.ndim or len(theirs) == len(ours))):
             continue
-        if theirs is None:
-            found = "no classifier"
-        elif theirs.shape[1:] == ours.shape[1:] and len(theirs) != len(ours):
-            found = f"a classifier for {len(theirs)} classes instead of {len(ours)}"
-        else:
-            continue
-        warnings.warn(f"these weights have {found}: {head} keeps its initial values", stacklevel=2)
+        found = "no classifier" if theirs is None else f"a classifier for {len(theirs)} classes instead of {len(ours)}"
+        notes.append(f"these weights have {found}: {head} keeps its initial values")
         state.update((key, value) for key, value in expected.items() if key.startswith(f"{head}."))
 
-    other = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    problems = {"missing": [key for key in expected if key not in state],
-                "unexpected": [key for key in state if key not in expected],
-                "of another shape": [f"{key} {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-                                     for key in other]}
-    if any(problems.values()):
-        lists = [f"{problem}: {', '.join(keys[:4])}" + f" and {len(keys) - 4} more" * (len(keys) > 4)
-                 for problem, keys in problems.items() if keys]
-        raise ValueError("\n  ".join([f"the weights do not fit this {type(model).__name__}", *lists]))
+    problems = [f"missing: {key}" for key in expected if key not in state]
+    problems += [f"unexpected: {key}" for key in state if key not in expected]
+    problems += [f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+                 for key, value in expected.items() if key in state and state[key].shape != value.shape]
+    if problems:
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise ValueError("\n  ".join([f"the weights do not fit this {type(model).__name__}", *problems[:8], *more]))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     model.load_state_dict(state)
     return model
 
@@ -637,6 +618,7 @@ class _MinGRUScan(torch.autograd.Function):
     @staticmethod
     def forward(u, h0, reverse):
         a, b = coefficients(u)
+        _check_shapes(a, b, h0)
         return _chunked_scan(a, b, h0, reverse, lambda before, h: (h.to(u.dtype),))
 
     @staticmethod

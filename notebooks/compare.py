@@ -36,8 +36,6 @@ from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransfor
 from torchvision.models.convnext import CNBlockConfig  # noqa: E402
 from torchvision.models.resnet import BasicBlock  # noqa: E402
 
-from visiongru import to_channels_first  # noqa: E402
-
 
 # Equals ---------------------------------------------------------------------------------------------------------------
 
@@ -61,7 +59,7 @@ class Staged(nn.Module):
             yield x
 
     def features(self, x):
-        return [to_channels_first(x) if self.channels_last else x for x in self.maps(x)]
+        return [x.permute(0, 3, 1, 2) if self.channels_last else x for x in self.maps(x)]
 
     def forward(self, x):
         *_, last = self.maps(x)
