@@ -5,6 +5,7 @@
     python notebooks/bench.py --scan                              the recurrence alone, against its length
     python notebooks/bench.py --compile                           the same with compiled parts, as train.py --compile
     python notebooks/bench.py --count --batch 128                 what a GPU would do, counted on paper
+    python notebooks/bench.py --loader                            images per second that one core loads and augments
     python notebooks/bench.py --device cuda --amp bf16 --batch 128 --compile
 
 Each model runs in a process of its own, and the processes take turns, one step each, so that a drift of the machine
@@ -21,17 +22,18 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # noqa: E402, I001: before torch, for OpenMP's settings
 import visiongru  # noqa: E402
-from train import compile_parts  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 GIB = 2**30
 
@@ -103,7 +105,7 @@ def make_step(name, size, batch, mode, device, amp, compiled):
     model.train(mode == "train")
     network = model
     if compiled and name.startswith("ours"):
-        compile_parts(model, log=lambda text: None)
+        train.compile_parts(model, log=lambda text: None)
     elif compiled:
         network = torch.compile(model, dynamic=False)
     x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
@@ -118,10 +120,10 @@ def make_step(name, size, batch, mode, device, amp, compiled):
         with torch.inference_mode():
             forward()
 
-    def train():
+    def forward_and_backward():
         F.cross_entropy(forward().float(), y).backward()
         model.zero_grad(set_to_none=True)
-    return {"infer": infer, "train": train}[mode]
+    return {"infer": infer, "train": forward_and_backward}[mode]
 
 
 def timed(run, device):
@@ -252,6 +254,58 @@ def scan_table(rows):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Loading and augmenting images
+# ---------------------------------------------------------------------------------------------------------------------
+
+def photographs(folder, count):
+    """`count` JPEG files of 500 x 375 pixels and about 100 KB, as ImageNet has on average, in folder/train/<class>."""
+    from torchvision.io import write_jpeg
+    (folder / "train" / "class").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        shapes, noise = (torch.rand(1, 3, *size, generator=generator) for size in ((12, 16), (375, 500)))
+        image = F.interpolate(shapes, (375, 500), mode="bicubic") + 0.28 * (noise - 0.5)
+        write_jpeg((255 * image[0]).clamp(0, 255).byte(), str(folder / "train" / "class" / f"{i}.jpg"), quality=85)
+
+
+def torchvision_recipe(tensors):
+    """The transforms of torchvision's reference script for classification, on tensors or on PIL images."""
+    from torchvision.transforms import v2
+    first, last = ([v2.PILToTensor()], []) if tensors else ([], [v2.PILToTensor()])
+    return v2.Compose([*first, v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip(), v2.RandAugment(),
+                       *last, v2.ToDtype(torch.float32, scale=True), v2.Normalize(train.MEAN, train.STD),
+                       v2.RandomErasing(0.25)])
+
+
+def measure_loading(rounds, count=64):
+    """-> for each recipe the images per second of each round: all images once, in one process with one thread."""
+    from torchvision.datasets import ImageFolder
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        photographs(Path(folder), count)
+        args = train.parse_arguments(["--data", folder])
+        ours, = train.open_data(args, ["train"])
+        ours.transform = train.train_transform(args)
+        recipes = {"ours": train.Stream(ours, args.seed)}
+        for form in "PIL", "tensor":
+            recipes[f"torchvision, {form}"] = ImageFolder(Path(folder, "train"), torchvision_recipe(form == "tensor"))
+        seconds = {name: [] for name in recipes}
+        for _ in range(rounds):
+            for name, data in recipes.items():
+                loader = torch.utils.data.DataLoader(data, batch_size=32, sampler=range(count))
+                seconds[name].append(timed(lambda: list(loader), "cpu"))
+    return {name: [count / s for s in times] for name, times in seconds.items()}
+
+
+def loading_table(rates):
+    lines = ["| recipe | images/s | ours is faster by |", "|---|---|---|"]
+    for name, rate in rates.items():
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(rates["ours"], rate))
+        lines.append(f"| {name} | {statistics.median(rate):.0f} | {ratio:.2f}x |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # On paper: launches and bytes
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -376,6 +430,7 @@ def main():
     parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--scan", action="store_true", help="measure the scans alone")
+    parser.add_argument("--loader", action="store_true", help="measure the loading of images on one core")
     parser.add_argument("--count", action="store_true", help="count launches and bytes, and predict a GPU's time")
     parser.add_argument("--lengths", type=int, nargs="+", default=[196, 784, 3136, 12544], metavar="T")
     parser.add_argument("--hidden", type=int, default=144, metavar="E")
@@ -398,6 +453,10 @@ def main():
         rows = measure_scans(args.lengths, args.batch, args.hidden, args.rounds, args.device)
         print(f"The scans alone, batch {args.batch}, E = {args.hidden}\n\n{scan_table(rows)}\n")
         record.append({"scans": rows})
+    elif args.loader:
+        rates = measure_loading(args.rounds)
+        print(f"JPEG files of 500 x 375, the ImageNet recipe, one core\n\n{loading_table(rates)}\n")
+        record.append({"loading": rates})
     else:
         for size in args.sizes:
             for mode in args.mode:
