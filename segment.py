@@ -11,6 +11,12 @@ a label map with one number per pixel. The names of the classes are the lines of
 objectInfo150.txt; --num-classes does without. 0 means "other" and is not learned, 1 is the first class; with
 --no-zero-is-ignore 0 is the first class. --ignore-label (255) is not learned either.
 
+Images are resized to a shorter side of --crop-size, and predicted at that size. For thin structures give a larger
+--short-side, and --balance 0.5, which gives rare classes more weight in the loss. --slide validates and predicts with
+overlapping windows of the crop's size. Scores are taken over all pixels, at the label maps' size; mIoU is the mean over
+the classes that occur or are predicted. --weights best.pt starts from a model that already segments. Dropout and
+BatchNorm make the losses, though not the images, depend on the number of processes.
+
 The order is that of train.py's Part I: `train`, evaluation, prediction, data, options. The training step and the
 engine of runs, checkpoints, signals and processes are imported from train.py.
 """

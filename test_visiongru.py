@@ -1,4 +1,28 @@
-"""What VisionGRU promises, each promise on the smallest case that could break it. `pytest` runs all of it."""
+"""What VisionGRU promises, each promise on the smallest case that could break it.
+
+`pytest` runs all of it in a short form, `pytest -m slow` the long forms, `pytest -m "not slow and not process"` in a
+minute what needs no other process or compiler. What the two scripts promise, and where it is tested:
+
+-k resume        Killed at any moment, also while it writes a checkpoint, and resumed: on a CPU, with one process or
+                 two, a run ends with the same bits as one left alone. There is always a checkpoint that loads, once
+                 there is one. (-m slow -k twenty_kills)
+-k signals       After Ctrl-C, SIGTERM or SIGHUP the step is finished (at most one more is taken) and saved, validation
+                 is cut short, and the status is 130, 143 or 129. A second signal stops at once. Under torchrun the
+                 processes do the same within the 30 seconds that it gives them; it ends with a status of its own.
+-k distributed   `torchrun --max-restarts=3 ... --resume auto` continues by itself when a process dies, and ends as if
+                 none had. Two hosts end with the weights of one. Each validation image counts once.
+-k disk          A full disk or an unwritable folder is an error that says so; the checkpoint before it stays.
+-k checkpoints   A damaged checkpoint, or one that would run code, is refused with its path and the reason.
+-k images        An image is read as a viewer shows it (upright, transparent parts on white, 16 bits, the first frame),
+                 or refused with its path and the reason.
+-k finite        No scan gives NaN. Gradients that overflow in fp16 are skipped. A loss or weights that are not finite
+                 end the run and are not saved.
+-k reproducible  The same seed and batch size give the same images, augmented and mixed alike, and losses to 1e-5 over
+                 50 steps, for any number of processes, micro-batches and workers, without drop-path, dropout and
+                 BatchNorm. (-m slow -k shapes)
+-k options       Any command line ends with status 0 or 2 and without a traceback.
+-k cuda          The same on CUDA devices, where there are any.
+"""
 
 import contextlib
 import copy
@@ -40,6 +64,7 @@ SMALL = dict(dim=4, depths=(1, 1, 1, 1))
 torch.set_num_threads(1)  # as in `script`: a sum's order of terms depends on their number
 HANDLERS = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
 
+process = pytest.mark.process
 each_scan = pytest.mark.parametrize("scan", visiongru.SCANS)
 each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 each_gate = pytest.mark.parametrize("gates", [-8, 0, 8], ids=["nearly closed", "typical", "nearly open"])
@@ -328,6 +353,7 @@ def test_the_named_models_have_the_papers_parameters_and_take_the_arguments_of_v
     assert model.num_classes == 7 and model.stages[3][0].gru.left.scan == "log"
 
 
+@process
 def test_multiply_adds_of_figure_1():
     for size, giga in ((224, 4.87), (512, 25.6), (640, 40.0), (1024, 102.3), (1248, 151.9)):
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -411,9 +437,9 @@ EXPORTED = {  # Images for the two programs. At any size the sequences have 117 
 }
 
 
-def exported(model, x, sides={}):
+def exported(model, x, sides=None):
     """The program of torch.export for any number of images, and for any height and width if these `sides` are given."""
-    dynamic = {0: torch.export.Dim("batch"), **sides}
+    dynamic = {0: torch.export.Dim("batch"), **(sides or {})}
     return torch.export.export(model.eval(), (x,), dynamic_shapes=(dynamic,), strict=False)
 
 
@@ -422,6 +448,7 @@ class Scans(torch.nn.Module):
         return [scan(a, b, start, reverse) for start in (None, h0) for reverse in (False, True)]
 
 
+@process
 def test_an_exported_scan_of_any_length_is_the_loop_over_65536_steps_too():
     h0 = torch.ones(1, 1, dtype=torch.float64)
 
@@ -434,6 +461,7 @@ def test_an_exported_scan_of_any_length_is_the_loop_over_65536_steps_too():
         torch.testing.assert_close(program(*inputs), Scans()(*inputs, scan_sequential))
 
 
+@process
 def test_an_exported_scan_reaches_as_far_as_its_declared_range_and_without_one_is_refused():
     a, b = torch.ones(1, 70_000, 1), torch.zeros(1, 70_000, 1)
     b[:, 0] = 1  # all states remember it
@@ -486,11 +514,13 @@ def assert_runs_as_onnx(model, program, shapes, folder):
 
 
 @pytest.mark.parametrize("name", EXPORTED)
+@process
 def test_onnxruntime_gives_the_models_logits(name, elsewhere, tmp_path):
     models, programs, *_ = elsewhere
     assert_runs_as_onnx(models[name], programs[name], EXPORTED[name], tmp_path)
 
 
+@process
 def test_pt2_files_run_where_visiongru_is_unknown(elsewhere):
     models, _, folder, process = elsewhere
     assert process.wait() == 0
@@ -523,6 +553,7 @@ def test_the_readmes_lines_on_compiling_and_exporting_run(tmp_path, monkeypatch)
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("amp, T, reverse", [(False, 36, False), (False, 36, True), (True, 36, True),
                                              (True, 3136, False)])  # bf16 has casts to fuse too
+@process
 def test_a_compiled_mingru_is_the_eager_one_in_few_kernels(amp, T, reverse):
     gru = MinGRU(4)
     x, h0 = torch.randn(2, T, 4, requires_grad=True), torch.rand(2, 8, requires_grad=True)
@@ -814,7 +845,7 @@ def test_of_ten_crops_the_first_without_a_class_of_more_than_75_percent_is_taken
     halves = torch.full((32, 32), 255, dtype=torch.uint8)
     halves[:2], halves[2:4] = 0, 1
     for special, expected in ((mask * 0 + 255, 10), (mask * 0, 10), (halves, 1)):  # what is ignored does not count
-        for x, y, tries in crops(special, 1, 2):
+        for _, y, tries in crops(special, 1, 2):
             assert y.unique().tolist() == special.unique().tolist() and tries == expected
 
 
@@ -899,6 +930,7 @@ def test_the_loss_is_a_mean_over_all_pixels_and_none_of_a_crop_without_labels():
     assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].abs().max() == 0
 
 
+@process
 def test_the_scripts_compile_parts_of_one_shape_once_and_validate_without(monkeypatch, capsys):
     def compile_part(part, **kw):  # autograd's part of it takes time; for all but the head it is tested elsewhere
         return plain(part, backend="aot_eager" if isinstance(part, FCNHead) else "eager", **kw)
@@ -1038,6 +1070,7 @@ def micro(monkeypatch):
 
 
 @both_scripts
+@process
 def test_a_run_learns_says_how_far_it_is_and_leaves_a_log_checkpoints_and_a_command_that_evaluates_to_the_same(
         either, micro, tmp_path, monkeypatch, capsys):
     module, words, _ = either
@@ -1089,6 +1122,7 @@ def torchrun(processes, *options):
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
 
 
+@process
 def test_distributed_validation_of_an_odd_number_of_images_is_that_of_one_process(streets, tmp_path, capsys):
     out = tmp_path / "run"
     process = script(*seg_arguments(streets, out, "--batch-size", 8, "--grad-accum-steps", 2, "--slide", "--lr", 0.01),
@@ -1260,6 +1294,7 @@ def assert_same_end(out, alone):
 
 @pytest.mark.parametrize("either, moments", [("train", [2, "SIGINT", "writing"]), ("segment", [1, "SIGHUP"])],
                          indirect=["either"])
+@process
 def test_resume_after_kills_and_signals_anywhere_ends_with_the_same_bits(either, moments, tmp_path):
     module, words, alone = either
     out = tmp_path / "run"
@@ -1282,6 +1317,7 @@ def test_resume_after_twenty_kills_on_the_built_in_set(name, words, tmp_path):
 
 
 @both_scripts
+@process
 def test_signals_during_validation_end_it_and_a_resumed_run_begins_with_it(either, tmp_path, monkeypatch):
     module, words, alone = either
     plain, seen = module.eval_transform, []
@@ -1302,6 +1338,7 @@ def children(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+@process
 def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_its_loader(pictures, tmp_path):
     out = tmp_path / "run"
     process = script(*arguments(pictures, out, "--workers", 1, "--save-every", 1, "--epochs", 999))
@@ -1317,6 +1354,7 @@ def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_i
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@process
 def test_signals_given_twice_stop_at_once(workers, tmp_path):
     data = picture_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 1, "b": 1})
     (data / "train" / "b" / "3.png").unlink()
@@ -1361,6 +1399,7 @@ def ranks(launcher):
     return found
 
 
+@process
 def test_distributed_a_dead_rank_is_started_again_and_the_run_ends_as_if_undisturbed(pair, pictures, tmp_path):
     out = tmp_path / "run"
     steps, dead = [], set()
@@ -1378,6 +1417,7 @@ def test_distributed_a_dead_rank_is_started_again_and_the_run_ends_as_if_undistu
     assert_same_end(out, pair)
 
 
+@process
 def test_distributed_an_error_that_all_processes_meet_is_reported_once(tmp_path):
     process = script("--data", tmp_path / "absent", "--device", "cpu", launcher=torchrun(2))
     _, err = process.communicate(timeout=100)
@@ -1407,6 +1447,7 @@ CABLE = shutil.which("unshare") and subprocess.run(
     ["unshare", "-rnum", "ip", "link", "add", "left", "type", "veth"], capture_output=True).returncode == 0
 
 
+@process
 def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 first\n10.99.0.2 second\n")
     words = arguments(pictures, tmp_path / "run", "--resume", "auto")
@@ -1451,6 +1492,7 @@ def test_cuda_a_mingru_in_bf16_is_as_near_to_float64_as_on_a_cpu(compiled, with_
 
 @cuda(1)
 @both_scripts
+@process
 def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_its_checkpoint_evaluates_there(
         either, tmp_path, capsys, device="cuda"):
     module, words, _ = either
@@ -1465,6 +1507,7 @@ def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_its_checkpoint_
 
 @cuda(2)
 @both_scripts
+@process
 def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(either, tmp_path, device="cuda"):
     module, words, _ = either
     more = ("--lr", 0) if module is segment else ()  # dropout differs, and only what comes before it is compared
@@ -1486,6 +1529,7 @@ def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(e
     ([(2, 2, 1)], 1),
     pytest.param([(p, a, w) for p in (1, 2, 4) for a in (1, 2, 4) for w in (0, 1, 4)][1:], 5, marks=pytest.mark.slow)],
     ids=["ten steps, two processes", "fifty steps, all 27 shapes"])
+@process
 def test_reproducible_losses_in_any_shape_of_the_machine(shapes, epochs, tmp_path):
     """The whole recipe is on: random crops, RandAugment, erasing, mixup and cutmix; drop-path is not."""
     data = picture_folder(tmp_path / "data", dict(ant=107, bee=107, cat=107), dict(ant=5, bee=4, cat=4))
@@ -1508,6 +1552,7 @@ def test_reproducible_losses_in_any_shape_of_the_machine(shapes, epochs, tmp_pat
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @both_scripts
+@process
 def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machine(either):
     module, words, _ = either
     seen, shapes = {}, [(p, a, 0) for p in (1, 2, 4) for a in (1, 2, 4)] + [(1, 1, 1), (1, 1, 4), (2, 1, 1), (1, 4, 4)]
@@ -1693,6 +1738,7 @@ def test_images_are_read_as_a_person_sees_them_or_refused_with_path_and_reason(n
         assert image.getpixel(place) == pytest.approx(colour, abs=3)
 
 
+@process
 def test_images_that_can_be_read_can_be_trained_on_and_predicted(finished, segmented, tmp_path, capsys):
     args, whole = (train.parse_arguments(arguments("x", "x", "--crop-scale", share)) for share in (0.08, 1))
     seg_args, out = segment.parse_arguments(seg_arguments("x", "x")), tmp_path / "out"
@@ -1833,6 +1879,7 @@ def test_finite_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
             assert not any(t.isnan().any() for t in (*outputs, *grads)), (T, reverse, inputs)
 
 
+@process
 def test_resume_in_another_folder_in_fp16_skips_gradients_that_overflow(finished, pictures, tmp_path):
     begun(tmp_path / "from", finished, 0, scaler={"scale": 2.0**30, "growth_factor": 2.0, "backoff_factor": 0.5,
                                                    "growth_interval": 2000, "_growth_tracker": 0})
@@ -1911,6 +1958,7 @@ def command_line(options, chance):
 
 @pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FUZZED)
+@process
 def test_options_any_command_line_ends_with_0_or_2_and_never_a_traceback(
         name, count, micro, pictures, streets, tmp_path, monkeypatch, capsys):
     module, make, data, options = FUZZED[name]

@@ -12,6 +12,20 @@ data, options. Part II is the engine that segment.py shares: runs and checkpoint
 --batch-size is the global batch, the number of images per optimizer step over all processes, so the recipe does not
 depend on how many there are. Everything random is seeded by the run's seed and the number of the step or image. Results
 therefore do not depend on the number of workers, and a run that is stopped and resumed ends as if it had not been.
+Where a GPU rounds differently from run to run, or --drop-path is on, they agree up to that.
+
+OUT/last.pt is written before and after each validation, every --save-every steps, and on a signal. OUT/best.pt holds
+the weights that validated best, their moving average, the class names and the preprocessing; OUT/log.jsonl has a line
+for each validation.
+
+For days on many GPUs: add --resume auto --save-every 500, and --max-restarts=3 for torchrun, which then replaces a
+process that dies; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the new processes read what the dead ones left in
+torchrun's store. On several nodes add --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 on each; --out
+must be on storage that they share.
+Out of memory: --grad-accum-steps 4 splits each step in four, --grad-checkpointing recomputes activations in backward.
+Small images: enlarge them, since the stem divides both sides by four, and distort them less than ImageNet's, such as
+--img-size 64 --val-resize 64 --crop-scale 0.6 --randaug 0 0 --reprob 0 --mixup 0 --cutmix 0.
+On CPU: run one single-threaded process per core, OMP_NUM_THREADS=1 torchrun --nproc_per_node=CORES train.py ...
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train  # noqa: E402, I001: before torch, for OpenMP's settings
+import train  # noqa: E402 (before torch, for OpenMP)
 import visiongru  # noqa: E402
 
 import torch  # noqa: E402

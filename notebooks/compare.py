@@ -25,7 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import train  # noqa: E402, I001: before torch, for OpenMP's settings
+import train  # noqa: E402 (before torch, for OpenMP)
 import segment  # noqa: E402
 import visiongru  # noqa: E402
 
