@@ -264,7 +264,7 @@ def predict(args: Namespace, distributed: Distributed) -> int:
     for path in args.predict:
         if stems.setdefault(Path(path).stem, path) != path:
             raise UserError(f"{stems[Path(path).stem]} and {path} would be written to the same file in {out}")
-    common.make_folder(out)
+    common.make_folder(out).close()
     mine = list(stems.items())[distributed.rank::distributed.world_size]
     for stem, path in tqdm(mine, unit="image", leave=False, disable=distributed.rank > 0 or None):
         try:

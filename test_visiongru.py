@@ -1178,6 +1178,24 @@ def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one
         assert (out / name).read_text() == "dear" and len(list(out.iterdir())) == 1
 
 
+def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_is_killed(pictures, tmp_path):
+    out = tmp_path / "new" / "run"
+    ready, say = os.pipe()
+    if not (first := os.fork()):
+        with train.locked_folder(out):
+            os.write(say, b"locked")
+            signal.pause()
+    os.read(ready, 6)
+    for resume in ((), ("--resume", "auto")):
+        with pytest.raises(train.UserError, match=rf"--out {out}: another run \(process {first} on .*\) uses this fold"):
+            train.main(arguments(pictures, out, *resume))
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    with pytest.raises(train.UserError, match="--data"):
+        train.main(arguments(tmp_path / "absent", out))
+    assert not list(out.iterdir())
+
+
 # A run that cannot be lost: crashes and signals -----------------------------------------------------------------------
 
 def wait_for(found, process):

@@ -27,6 +27,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import signal
@@ -39,7 +40,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 # GNU OpenMP's threads wait for work by spinning, which beside other busy processes makes a step forty times slower. A
 # short spin costs nothing on a free machine. The variable is read when torch is imported.
@@ -427,7 +428,7 @@ class Run:
         return self.scheduler.last_epoch
 
     def start_or_resume(self) -> None:
-        """Make OUT and, with --resume, restore its checkpoint. UserError rather than overwrite an earlier run."""
+        """With --resume restore the checkpoint. UserError rather than overwrite an earlier run."""
         path, last = checkpoint_to_resume(self.args), self.out / "last.pt"
         checkpoint = load_checkpoint(path) if path else {}
         seen = self.distributed.all_gather((checkpoint.get("step"), checkpoint.get("config")))
@@ -441,7 +442,6 @@ class Run:
         if path:
             self.restore(checkpoint, path)
         if self.distributed.rank == 0:
-            make_folder(self.out)
             for name in "last.pt", "best.pt", "log.jsonl":  # of a run that was killed while it wrote
                 (self.out / f"{name}.tmp").unlink(missing_ok=True)
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -955,13 +955,40 @@ def encoded(save: Callable, **options) -> memoryview:
     return buffer.getbuffer()
 
 
-def make_folder(path: Path) -> None:
-    """The folder --out, made if need be. UserError if nothing can be written there: sooner than after an epoch."""
+def make_folder(path: Path, open_file: Callable | None = None) -> IO:
+    """Make the folder --out, if need be. -> open_file(), or a temporary file in it. UserError if nothing can be written
+    there: sooner than after an epoch."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        return open_file() if open_file else tempfile.TemporaryFile(dir=path)
     except OSError as error:
         raise UserError(f"--out {path}: cannot write in this folder: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked_folder(out: Path) -> Iterator[None]:
+    """The folder --out, made if need be, for this run alone: the system frees its lock however this process ends.
+    (lockf rather than flock: data-loading workers do not inherit it, and over NFS it holds on all hosts.)"""
+    new = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
+    with make_folder(out, lambda: open(out / "run.lock", "a+")) as file:
+        try:
+            import fcntl  # Windows has none
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.stat(file.fileno()), os.stat(file.name))  # a run that just ended removed its own
+        except (ImportError, OSError) as error:  # of other kinds: storage without locks
+            ours = not isinstance(error, (BlockingIOError, PermissionError, FileNotFoundError))
+        if not ours:
+            file.seek(0)
+            raise UserError(f"--out {out}: another run{file.read()} uses this folder; end it, or choose another --out")
+        file.truncate(0)
+        print(f" (process {os.getpid()} on {platform.node()})", end="", file=file, flush=True)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+                for folder in new:  # if they are still empty
+                    folder.rmdir()
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -1072,8 +1099,10 @@ def finish(arguments: dict) -> Namespace:
 def dispatch(args: Namespace, train: Callable, evaluate: Callable, predict: Callable) -> int:
     """Do what the arguments ask for. -> the exit status: 0, 2, or 128 + the number of a signal that stopped it."""
     distributed = init_distributed(args.device)
+    act = predict if args.predict else evaluate if args.eval else train
     try:
-        return (predict if args.predict else evaluate if args.eval else train)(args, distributed) or 0
+        with locked_folder(Path(args.out)) if act is train and distributed.rank == 0 else contextlib.nullcontext():
+            return act(args, distributed) or 0
     except Stopped as stopped:
         distributed.all_reduce([])  # wait for rank 0 to save: torchrun kills the rest when one exits
         distributed.print("stopped by a signal, and saved: continue with the same command and --resume auto")
