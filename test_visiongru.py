@@ -1187,13 +1187,50 @@ def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_i
             signal.pause()
     os.read(ready, 6)
     for resume in ((), ("--resume", "auto")):
-        with pytest.raises(train.UserError, match=rf"--out {out}: another run \(process {first} on .*\) uses this fold"):
+        with pytest.raises(train.UserError, match=rf"--out {out}: another run \(process {first} on .*\) uses this"):
             train.main(arguments(pictures, out, *resume))
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
     with pytest.raises(train.UserError, match="--data"):
         train.main(arguments(tmp_path / "absent", out))
     assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("name, harm, message", [
+    ("best.pt", lambda path, other: None, None),  # it is gone
+    ("best.pt", lambda path, other: path.write_text("<html>"), "use the checkpoint .*best.pt: .* damaged; mend .*best"),
+    ("best.pt", lambda path, other: path.symlink_to("/absent/b.pt"), "open the checkpoint /absent/b.pt: .*; mend .*t"),
+    ("best.pt", lambda path, other: shutil.copy(other, path), "best.pt was trained on other classes"),
+    ("last.pt", lambda path, other: path.symlink_to("/absent/l.pt"), "cannot open the checkpoint /absent/l.pt: No "),
+], ids=["gone", "damaged", "not mounted", "another run's", "last.pt not mounted"])
+def test_resume_knows_what_best_pt_holds_and_takes_no_link_for_a_new_run(
+        name, harm, message, finished, segmented, pictures, tmp_path, capsys):
+    shutil.copytree(finished, out := tmp_path / "run")
+    (out / name).unlink()
+    harm(out / name, segmented / "best.pt")
+
+    def found():
+        return {path: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in out.iterdir()}
+    before = found()
+    words = arguments(pictures, out, "--drop-path", 0.2, "--resume", "auto")
+    if message:
+        with pytest.raises(train.UserError, match=message):
+            train.main(words)
+        assert found() == before
+        return
+    assert train.main(words) == 0 and comparable(history(out)) == comparable(history(finished))
+    best, score = train.load_checkpoint(out / "best.pt"), max(history(out)[-1][key] for key in ("top1", "ema_top1"))
+    assert best["best"] == score and f"has top-1 {score:.2f} %" in capsys.readouterr().out
+
+
+def test_resume_with_more_epochs_takes_the_rates_of_the_new_schedule_from_the_first_step_on(
+        finished, pictures, tmp_path, monkeypatch):
+    rates, train_step = {}, train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
+        rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), train_step(run, *rest)))
+    shutil.copytree(finished, out := tmp_path / "run")
+    assert train.main(arguments(pictures, out, "--drop-path", 0.2, "--epochs", 3, "--resume", "auto")) == 0
+    assert rates == {step: 1e-3 * train.warmup_cosine(step, 18, 3) for step in range(12, 18)}
 
 
 # A run that cannot be lost: crashes and signals -----------------------------------------------------------------------

@@ -436,7 +436,7 @@ class Run:
             raise UserError(f"the processes see different {path or last}: --out must be on storage shared by all of "
                             f"them")
         for earlier in last, self.out / "best.pt", self.out / "log.jsonl":
-            if earlier.exists() and (path is None or path.resolve() != last.resolve()):
+            if os.path.lexists(earlier) and (path is None or path.resolve() != last.resolve()):
                 raise UserError(f"{earlier} already exists: continue from its last.pt with --resume auto or choose "
                                 f"another --out")
         if path:
@@ -453,22 +453,35 @@ class Run:
         """Take the state from a checkpoint of the same run: other data, or another recipe, would be another run."""
         if "optimizer" not in checkpoint:
             raise UserError(f"--resume {path}: this file has only weights; resume a last.pt, or start from --weights")
+        files = {path: checkpoint}
+        if os.path.lexists(best := self.out / "best.pt"):  # it may be damaged, another run's, or newer than last.pt
+            try:
+                files[best] = load_checkpoint(os.path.realpath(best))
+            except UserError as error:
+                raise UserError(f"{error}; mend {best}, or remove it: the next validation writes another") from None
         try:
-            check_classes(checkpoint["config"]["classes"], self.config["classes"], path)
-            for name, before in checkpoint["config"].items():
-                now = self.config.get(name, before)
-                if now != before and name not in MAY_CHANGE:
-                    raise UserError(f"--resume {path}: {name.replace('_', '-')} was {before} and is now {now}; keep "
-                                    f"it, or start a new run with --weights")
+            for file, content in files.items():
+                check_classes(content["config"]["classes"], self.config["classes"], file)
+                for name, before in content["config"].items():
+                    now = self.config.get(name, before)
+                    if now != before and name not in MAY_CHANGE:
+                        raise UserError(f"--resume {file}: {name.replace('_', '-')} was {before} and is now {now}; "
+                                        f"keep it, or start a new run with --weights")
             for key, part in self.parts.items():
                 if checkpoint[key]:  # without a moving average there is none to restore, and without fp16 no scale
                     part.load_state_dict(checkpoint[key])
             for key in STATE:
                 setattr(self, key, checkpoint[key])
+            self.best = files[best]["best"] if best in files else -1.0
+            if best not in files and self.log and self.step == self.validated:  # validate again, for a best.pt
+                again = self.log.pop()
+                self.validated = self.log[-1]["step"] if self.log else 0
+                self.loss_sum = again["loss"] * (self.step - self.validated)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"--resume {path}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
-        if not (self.out / "best.pt").exists():  # the run continues in another folder, which has no best.pt yet
-            self.best = -1.0
+        # With another number of epochs the next step has another rate than the optimizer's state says.
+        for group, base, factor in zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas):
+            group["lr"] = base * factor(self.step)
 
     def steps(self, until: int) -> Iterator[int]:
         """Yield for each optimizer step until `until` are taken. In between, read the loss of the step before, show
@@ -509,7 +522,7 @@ class Run:
         if report.is_cuda:
             report, ready = report.to("cpu", non_blocking=True), torch.cuda.Event()
             ready.record()
-        self.reports.append((self.step + 1, self.scheduler.get_last_lr()[0], report, ready))
+        self.reports.append((self.step + 1, self.optimizer.param_groups[0]["lr"], report, ready))
 
     def read_losses(self, keep: int = 0) -> None:
         """Read the reports of all steps but the last `keep`. UserError if a loss is not finite."""
@@ -540,7 +553,7 @@ class Run:
         if self.distributed.rank == 0:
             atomic_write(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
         self.validated, self.loss_sum, self.better = self.step, 0.0, better
-        if score > self.best:
+        if score > self.best or not (self.out / "best.pt").exists():
             self.best = score
             self.save("best.pt")
         self.save()
@@ -666,7 +679,7 @@ def checkpoint_to_resume(args: Namespace) -> Path | None:
     if args.resume != "auto":
         return Path(args.resume) if args.resume else None
     last = Path(args.out, "last.pt")
-    return last if last.exists() else None
+    return Path(os.path.realpath(last)) if os.path.lexists(last) else None  # it may be a link to what is not mounted
 
 
 def open_checkpoint(args: Namespace, **defaults) -> dict:
