@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
@@ -1362,6 +1363,26 @@ def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_i
     assert "Traceback" not in err and train.load_checkpoint(out / "last.pt")["step"] > 6
 
 
+@pytest.mark.parametrize("module, use", [
+    (train, "--eval --data {pictures} --weights {finished}/best.pt"),
+    (train, "--predict {picture} --weights {finished}/best.pt"),
+    (segment, "--eval --data {streets} --weights {segmented}/best.pt")])
+def test_pipes_a_result_that_cannot_be_written_is_an_error(
+        module, use, pictures, streets, finished, segmented, monkeypatch, capsys):
+    use = use.format(pictures=pictures, streets=streets, finished=finished, segmented=segmented,
+                     picture=pictures / "val/ant/0.png")
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.setattr(sys, "stdout", full)
+        train.run_main(lambda: module.main([*use.split(), "--device", "cpu"]))
+    assert capsys.readouterr().err == "error: cannot write the result to the standard output: No space left on device\n"
+
+
+def test_pipes_closed_from_the_start_keep_no_run_from_training(pictures, tmp_path):
+    words = arguments(pictures, tmp_path / "run", "--epochs", 1, "--workers", 1)
+    end_of(launched(["sh", "-c", f"exec {sys.executable} {HERE / 'train.py'} {shlex.join(words)} <&- >&- 2>&-"]))
+    assert len(history(tmp_path / "run")) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_signals_given_twice_stop_at_once(workers, tmp_path):
     data = picture_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 1, "b": 1})
@@ -1556,6 +1577,26 @@ def test_disk_full_is_named_and_what_was_there_stays(tmp_path):
     with pytest.raises(train.UserError, match="cannot write .*file: No space left on device; .* is unchanged"):
         train.atomic_write(tmp_path / "file", bytes(10**6))
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "dear"
+
+
+def test_disk_predictions_replace_nothing_but_unchanged_predictions(segmented, pictures, tmp_path):
+    words = ["--predict", str(pictures / "val/ant/0.png"), "--weights", f"{segmented}/best.pt", "--device", "cpu",
+             "--out", str(tmp_path)]
+    assert [segment.main(words), segment.main(words)] == [0, 0]
+    labels, overlay = tmp_path / "0_labels.png", tmp_path / "0_overlay.png"
+    with Image.open(labels) as picture:
+        picture.load()
+    picture.putpixel((3, 3), 1 + picture.getpixel((3, 3)))
+    note = PngInfo()
+    note.add_text("Software", picture.info["Software"])  # which an editor may keep
+    for path, harm in ((labels, lambda path: picture.save(path, pnginfo=note)), (overlay, lambda path: path.touch()),
+                       (overlay, lambda path: path.symlink_to("absent"))):
+        path.unlink(missing_ok=True)
+        harm(path)
+        with pytest.raises(train.UserError, match=f"{path} is not as it was predicted; move it, or choose another"):
+            segment.main(words)
+        path.unlink()
+    assert segment.main(words) == 0
 
 
 def test_disk_a_folder_that_cannot_be_written_to_is_found_before_training(segmented, pictures, streets, tmp_path):

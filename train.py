@@ -214,8 +214,9 @@ def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
     loader = tqdm(loader, unit="batch", leave=False, disable=distributed.rank > 0 or None)
     _, autocast = precision(args.amp, distributed.device)
     scores = evaluate({"model": model}, loader, distributed, normalize, autocast)["model"]
-    distributed.print(f"{args.weights}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, loss "
-                      f"{scores['val_loss']:.4f} ({len(data):,} images)")
+    if distributed.rank == 0:
+        print_result(f"{args.weights}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, loss "
+                     f"{scores['val_loss']:.4f} ({len(data):,} images)")
 
 
 @torch.inference_mode()
@@ -230,15 +231,14 @@ def predict(args: Namespace, distributed: Distributed) -> int:
         try:
             image = transform(read_image(path))[None].to(distributed.device)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
             unread += 1
             continue
         with autocast():
             probabilities = model(normalize(image)).float().softmax(dim=1)[0]
         top = probabilities.topk(min(5, len(probabilities)))
-        print(path)
-        for p, k in zip(top.values.tolist(), top.indices.tolist()):
-            print(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}")
+        print_result("\n".join([path, *(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}"
+                                        for p, k in zip(top.values.tolist(), top.indices.tolist()))]))
     [unread] = distributed.all_reduce([unread])  # wait for all: torchrun kills the rest when one exits with an error
     return 2 if unread else 0
 
@@ -885,12 +885,10 @@ class Distributed:
     should_stop: bool = False  # whether any process had received one when they last compared
 
     def print(self, text: str) -> None:
-        """Print, on rank 0 alone."""
-        try:
+        """Print, on rank 0 alone. If the terminal, or the program that reads this, is gone, the run goes on without."""
+        with contextlib.suppress(UserError):
             if self.rank == 0:
-                print(text, flush=True)
-        except OSError:  # the terminal, or the program that reads this, is gone: the run goes on without
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                print_result(text)
 
     def all_reduce(self, numbers: list) -> list[float]:
         """Sum a list of numbers over all processes, and set `should_stop`. The host waits for the result."""
@@ -1135,6 +1133,10 @@ class UserError(Exception):
 def run_main(main: Callable) -> None:
     """Run main() and exit with its status; with 2, and a line without a traceback, for what the user can put right
     and if memory runs out; with 130 for Ctrl-C while there is nothing to save."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed: no other file may get its number, and a result would be lost
+            os.dup2(os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR), number)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = main()
@@ -1161,15 +1163,30 @@ def report_error(error: BaseException) -> int:
     no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError, ConnectionResetError, EOFError)) \
         or any(words in str(error) for words in ("can't allocate memory", "DataLoader worker (pid"))
     if not no_memory and not isinstance(error, UserError):
-        traceback.print_exception(error)
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
         return 1
     message = str(error)
     if no_memory:
         reason = (message.splitlines() or [type(error).__name__])[0]
         message = (f"{reason}: out of memory? More --grad-accum-steps, --grad-checkpointing, fewer --workers, smaller "
                    f"images or batches need less")
-    print(f"error: {message}", file=sys.stderr)
+    print_error(message)
     return 2
+
+
+def print_error(message: object) -> None:
+    with contextlib.suppress(OSError):  # there is nobody to tell: the exit status still does
+        tqdm.write(f"error: {message}", file=sys.stderr)
+
+
+def print_result(text: str) -> None:
+    """Print, or raise UserError if what was asked for cannot be written."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries to write it once more as it exits
+        raise UserError(f"cannot write the result to the standard output: {error.strerror}") from None
 
 
 # The built-in sets: textured shapes on textured grounds ---------------------------------------------------------------
