@@ -22,9 +22,13 @@ import contextlib
 import hashlib
 import math
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported needs no traceback
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
 import train as common  # before torch, for which it sets an environment variable
 import torch

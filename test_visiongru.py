@@ -1451,6 +1451,51 @@ def test_distributed_an_error_that_all_processes_meet_is_reported_once(tmp_path)
     assert process.returncode != 0 and err.count("error: --data") == 1
 
 
+def test_distributed_an_error_that_one_process_meets_is_its_line_and_no_traceback_of_the_others(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data/val/ant/1.png").write_text("no picture")  # of rank 1's share
+    process = script(*arguments(tmp_path / "data", tmp_path / "run", "--epochs", 1), launcher=torchrun(2))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and err.count("error: cannot read the image") == 1 and "train.py\", line" not in err
+
+
+@pytest.mark.parametrize("variables, message", [
+    ({"WORLD_SIZE": "2"}, "cannot join the other processes: .* RANK expected, but not set; start with torchrun, or"),
+    ({"RANK": "1"}, "cannot join .* WORLD_SIZE expected"), ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR expected"),
+    ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two'; expected a number"),
+    ({"LOCAL_RANK": ""}, "the environment variable LOCAL_RANK is ''"),
+    ({"LOCAL_WORLD_SIZE": "-1"}, "the environment variable LOCAL_WORLD_SIZE is '-1'")])
+def test_environments_that_torchrun_has_not_set_up_are_refused(variables, message, pictures, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words = arguments(pictures, tmp_path / "run", "--epochs", 1)
+    del words[words.index("--workers"):words.index("--workers") + 2]
+    with pytest.raises(train.UserError, match=message):
+        train.main(words)
+
+
+@pytest.mark.parametrize("error, advice", [
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n 1\nRuntimeError: unable "
+                  "to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"), "--shm-size=8g"),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  "are out of shared memory."), "--shm-size=8g"),
+    (OSError(24, "Too many open files"), "ulimit -n 4096"), (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "take --no-compile"),
+    (PermissionError(13, "Permission denied", "/a"), "Permission denied: '/a'\n")])
+def test_environments_that_lack_something_are_named_in_one_line_with_a_way_out(error, advice, capsys):
+    assert train.report_error(error) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and advice in message and message.count("\n") == 1
+
+
+def test_environments_with_too_few_file_descriptors_are_refused_before_they_hang(pictures, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    train.make_loader(range(9), 2, train.Distributed())
+    with pytest.raises(train.UserError, match=r"--workers 999999: they need \d+ open files and the limit is \d+"):
+        train.make_loader(range(9), 999_999, train.Distributed())
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+
+
 def test_distributed_processes_that_read_different_checkpoints_are_refused(finished, pictures):
     class Two(train.Distributed):
         def all_gather(self, value):  # from this process and from another, which is one step on

@@ -42,6 +42,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C while torch is imported needs no traceback
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+
 # GNU OpenMP's threads wait for work by spinning, which beside other busy processes makes a step forty times slower. A
 # short spin costs nothing on a free machine. The variable is read when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
@@ -816,6 +819,17 @@ def validation_loader(data: Dataset, batch_size: int, args: Namespace, distribut
 
 
 def make_loader(data: Dataset, workers: int, distributed: Distributed, **order) -> DataLoader:
+    """A DataLoader. UserError if its workers would lack file descriptors, without which they can wait for ever."""
+    needed = 64 + 32 * workers
+    with contextlib.suppress(ImportError):
+        import resource  # Windows has none
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            if workers and 0 <= soft < needed:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        except (ValueError, OSError):
+            raise UserError(f"--workers {workers}: they need {needed} open files and the limit is {hard}; raise it "
+                            f"(ulimit -n), or take fewer") from None
     return DataLoader(data, num_workers=workers, worker_init_fn=ignore_signals, persistent_workers=workers > 0,
                       pin_memory=distributed.device.type == "cuda", **order)
 
@@ -914,7 +928,7 @@ class Distributed:
 
 def init_distributed(device: str = "auto") -> Distributed:
     """Join the other processes if torchrun started several, and take this one's device. Raises UserError."""
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
+    rank, world_size, local_rank = (from_torchrun(*name) for name in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
@@ -929,13 +943,25 @@ def init_distributed(device: str = "auto") -> Distributed:
             torch.set_float32_matmul_precision("high")  # tf32
     except RuntimeError as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if world_size == 1:
+    if world_size == 1 and rank == 0:
         return Distributed(device=device)
-    dist.init_process_group(dist.get_default_backend_for_device(device))
+    try:
+        dist.init_process_group(dist.get_default_backend_for_device(device))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}; start with "
+                        f"torchrun, or unset RANK and WORLD_SIZE") from None
     if device.type == "cpu" and hasattr(os, "register_at_fork"):
         # A workaround: before Python 3.12 a worker that is forked while a thread of gloo's holds Python's lock hangs.
         os.register_at_fork(before=lambda: time.sleep(0.05))
     return Distributed(rank, world_size, device)
+
+
+def from_torchrun(name: str, default: int) -> int:
+    """A number from the environment. UserError if it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}; expected a number: use torchrun, or unset it")
+    return int(text)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -1103,7 +1129,7 @@ def finish(arguments: dict) -> Namespace:
     args = Namespace(**arguments)
     if vars(args).get("workers", 0) is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.data else 0
+        args.workers = max(1, cores // max(1, from_torchrun("LOCAL_WORLD_SIZE", 1))) if args.data else 0
     return args
 
 
@@ -1159,20 +1185,30 @@ def report_error(error: BaseException) -> int:
     if os.environ.get("RANK", "0") != "0":  # if all meet the error, rank 0 reports it and torchrun kills the rest
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    # The system kills a data-loading worker when memory runs out; what then fails may be the connection to it.
-    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError, ConnectionResetError, EOFError)) \
-        or any(words in str(error) for words in ("can't allocate memory", "DataLoader worker (pid"))
-    if not no_memory and not isinstance(error, UserError):
-        with contextlib.suppress(OSError):
-            traceback.print_exception(error)
-        return 1
-    message = str(error)
-    if no_memory:
-        reason = (message.splitlines() or [type(error).__name__])[0]
-        message = (f"{reason}: out of memory? More --grad-accum-steps, --grad-checkpointing, fewer --workers, smaller "
-                   f"images or batches need less")
+    message, advice = str(error), None
+    if not isinstance(error, UserError):
+        found = f"{type(error).__name__}: {error}"
+        advice = next((advice for words, advice in ADVICE.items() if re.search(words, found)), None)
+        if not advice and not isinstance(error, OSError):
+            with contextlib.suppress(OSError):
+                traceback.print_exception(error)
+            return 1
+        lines = found.strip().splitlines()  # of a worker's exception the last says what it was
+        message = ": ".join(filter(None, (lines[-1 if "Traceback" in message else 0], advice)))
     print_error(message)
     return 2
+
+
+ADVICE = {  # by the words of an error
+    r"gloo|DistBackendError|DistStoreError": "another process has ended; see its error",
+    r"shared memory|/torch_\d": "is /dev/shm too small? Enlarge it (docker run --shm-size=8g), or take --workers 0",
+    r"Too many open files|ancdata": "raise the limit (ulimit -n 4096), or take fewer --workers",
+    r"(?i)c\+\+ compiler|CxxCompiler": "install one, or take --no-compile",
+    # The system kills a data-loading worker when memory runs out; what then fails may be the connection to it.
+    r"^(MemoryError|OutOfMemoryError|ConnectionResetError|EOFError)|can't allocate memory|DataLoader worker \(pid":
+        "out of memory? More --grad-accum-steps, --grad-checkpointing, fewer --workers, smaller images or batches need "
+        "less",
+}
 
 
 def print_error(message: object) -> None:
