@@ -72,7 +72,8 @@ def train(args: Namespace, distributed: Distributed) -> None:
     model = visiongru.UPerNet(backbone, len(classes), args.channels, args.aux_channels)
     for part, path in (model, args.weights), (model.backbone, args.backbone_weights):
         if path and not common.checkpoint_to_resume(args):  # a resumed run has weights of its own
-            common.load_weights(part, common.load_checkpoint(path), path, distributed.print)
+            common.load_weights(part, common.load_checkpoint(path), path, distributed.print,
+                                classes if part is model else None)
     model.to(device, memory_format=torch.channels_last)
     if sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -81,7 +82,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
     scheduler = LambdaLR(optimizer, lambda step: warmup_linear(step, args.iters, args.warmup_iters))
 
     # The run: first its state, new or resumed, then what wraps the model
-    run = common.Run(args, distributed, train_data, args.iters, model=model, ema=None, optimizer=optimizer,
+    run = common.Run(args, distributed, (train_data, val_data), args.iters, model=model, ema=None, optimizer=optimizer,
                      scheduler=scheduler)
     run.start_or_resume()
     common.install_signal_handlers(distributed)
@@ -338,8 +339,8 @@ def overlay(image: Image.Image, labels: Image.Image, names: dict[int, str]) -> I
     each label that occurs, the most frequent first. names: the name of each label."""
     counts = sorted(labels.getcolors(), reverse=True)
     size = min(max(12, max(image.size) // 40), 48)
-    font, colours = ImageFont.load_default(size), labels.getpalette()
-    texts = [f"{names[label]} {100 * count / image.width / image.height:.1f} %" for count, label in counts]
+    texts = [f"{label}: {names[label]} {100 * count / image.width / image.height:.1f} %" for count, label in counts]
+    font, colours = legend_font(texts, size), labels.getpalette()
     width = max(image.width, *(round(font.getlength(text)) + 2 * size for text in texts))
     page = Image.new("RGB", (width, image.height + 3 * size * len(texts) // 2 + size // 2), "white")
     page.paste(Image.blend(image, labels.convert("RGB"), 0.5))
@@ -349,6 +350,17 @@ def overlay(image: Image.Image, labels: Image.Image, names: dict[int, str]) -> I
         draw.rectangle((size // 4, y, 5 * size // 4, y + size), tuple(colours[3 * label:3 * label + 3]), "black")
         draw.text((3 * size // 2, y + size // 2), text, "black", font, anchor="lm")
     return page
+
+
+def legend_font(texts: list[str], size: int) -> ImageFont.ImageFont:
+    """PIL's own font or, for names in other scripts than Latin, a font of the system if it has one with those."""
+    for name in () if "".join(texts).isascii() else SYSTEM_FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
+SYSTEM_FONTS = "NotoSansCJK-Regular.ttc", "msyh.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf"
 
 
 # Data -----------------------------------------------------------------------------------------------------------------

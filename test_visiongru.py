@@ -1156,6 +1156,7 @@ KEEP_IT = ".*; keep it, or start a new run with --weights"
     ("segment", f"only --predict x --weights {BACKBONE}", "has no decode_head.conv_seg.weight; expected a check"),
     ("segment", "only --predict a/1.jpg b/1.jpg --weights {segmented}/best.pt", "a/1.jpg and b/1.jpg would be written"),
     ("segment", "only --num-classes 3", "--num-classes"),  # without --data
+    ("train", "--data {tmp}/3 --out {tmp}/3/train/run", "--out .*: it would be read as data, in .*/3/train;"),
 ], indirect=["either"])
 def test_options_that_make_no_sense_are_refused(either, more, message, finished, segmented, tmp_path):
     module, words, _ = either
@@ -1222,6 +1223,21 @@ def test_resume_knows_what_best_pt_holds_and_takes_no_link_for_a_new_run(
     assert train.main(words) == 0 and comparable(history(out)) == comparable(history(finished))
     best, score = train.load_checkpoint(out / "best.pt"), max(history(out)[-1][key] for key in ("top1", "ema_top1"))
     assert best["best"] == score and f"has top-1 {score:.2f} %" in capsys.readouterr().out
+
+
+@both_scripts
+def test_resume_with_other_files_of_the_same_names_is_refused_and_with_the_same_elsewhere_is_not(
+        either, finished, segmented, pictures, streets, tmp_path):
+    module, words, alone = either
+    shutil.copytree(pictures if module is train else streets, data := tmp_path / "data")
+    shutil.copytree(alone, out := tmp_path / "run")
+    words = words(out, "--resume", "auto", "--data", data)
+    assert module.main(words) == 0
+    kind, names = ("training", "train/ant/*") if module is train else ("validation", "annotations/validation/*")
+    first, second, *_ = data.glob(names)
+    first.rename(tmp_path / "first"), second.rename(first), (tmp_path / "first").rename(second)
+    with pytest.raises(train.UserError, match=f"contents-of-{kind}-files was [0-9a-f]+ and is now"):
+        module.main(words)
 
 
 def test_resume_with_more_epochs_takes_the_rates_of_the_new_schedule_from_the_first_step_on(
@@ -1445,6 +1461,23 @@ def test_distributed_a_dead_rank_is_started_again_and_the_run_ends_as_if_undistu
     assert_same_end(out, pair)
 
 
+def test_fine_tuning_on_as_many_other_classes_says_that_the_classifier_is_kept(micro, pictures, tmp_path, capsys):
+    torch.save({"model": micro_model(num_classes=3).state_dict(), "config": {"classes": ["ant", "fly", "cat"]}},
+               tmp_path / "other.pt")
+    train.main(arguments(pictures, tmp_path / "run", "--epochs", 1, "--weights", tmp_path / "other.pt"))
+    assert "for as many other classes ('fly' where the data has 'bee'), is kept" in capsys.readouterr().out
+
+
+def test_a_legend_tells_classes_apart_whose_names_the_font_lacks(monkeypatch):
+    labels = Image.new("P", (90, 60), 1)
+    labels.paste(2, (0, 0, 40, 60))
+    labels.putpalette(segment.palette(1))
+    texts = []
+    monkeypatch.setattr(segment.ImageDraw.ImageDraw, "text", lambda self, place, text, *rest, **kw: texts.append(text))
+    segment.overlay(Image.new("RGB", labels.size), labels, {1: "\u4eba", 2: "\u8def"})
+    assert texts == ["1: \u4eba 55.6 %", "2: \u8def 44.4 %"]
+
+
 def test_distributed_an_error_that_all_processes_meet_is_reported_once(tmp_path):
     process = script("--data", tmp_path / "absent", "--device", "cpu", launcher=torchrun(2))
     _, err = process.communicate(timeout=100)
@@ -1476,7 +1509,7 @@ def test_environments_that_torchrun_has_not_set_up_are_refused(variables, messag
 
 @pytest.mark.parametrize("error, advice", [
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n 1\nRuntimeError: unable "
-                  "to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"), "--shm-size=8g"),
+                  "to allocate shared memory(shm) for </torch_1_2_3>: No space left on device (28)"), "--shm-size=8g"),
     (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that dataloader's workers "
                   "are out of shared memory."), "--shm-size=8g"),
     (OSError(24, "Too many open files"), "ulimit -n 4096"), (RuntimeError("received 0 items of ancdata"), "ulimit -n"),

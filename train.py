@@ -90,7 +90,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
     model = MODELS[args.model](num_classes=num_classes, drop_path=args.drop_path,
                                grad_checkpointing=args.grad_checkpointing)
     if args.weights and not checkpoint_to_resume(args):  # a resumed run has weights of its own
-        load_weights(model, load_checkpoint(args.weights), args.weights, distributed.print)
+        load_weights(model, load_checkpoint(args.weights), args.weights, distributed.print, train_data.classes)
     model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema_decay else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.opt_betas),
@@ -99,7 +99,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, total_steps, warmup_steps))
 
     # The run: first its state, new or resumed, then what wraps the model
-    run = Run(args, distributed, train_data, total_steps, model=model, ema=ema, optimizer=optimizer,
+    run = Run(args, distributed, (train_data, val_data), total_steps, model=model, ema=ema, optimizer=optimizer,
               scheduler=scheduler)
     run.start_or_resume()
     install_signal_handlers(distributed)
@@ -402,7 +402,7 @@ class Run:
     stop; OUT/best.pt the weights that validated best; OUT/log.jsonl a line for each validation.
 
     Args:
-        data: the training set, with its `classes`.
+        data: the training and the validation set, with their `classes`.
         total_steps: optimizer steps of the whole run.
         parts: what has a state_dict: `model`, `ema` (or None), `optimizer`, `scheduler`.
 
@@ -413,15 +413,19 @@ class Run:
         scaler: the gradient scaler, which does nothing but in fp16.
     """
 
-    def __init__(self, args: Namespace, distributed: Distributed, data: Dataset, total_steps: int, **parts):
+    def __init__(self, args: Namespace, distributed: Distributed, data: tuple[Dataset, Dataset], total_steps: int,
+                 **parts):
         self.args, self.distributed, self.total_steps, self.out = args, distributed, total_steps, Path(args.out)
         self.dtype, self.autocast = precision(args.amp, distributed.device)
         self.scaler = torch.amp.GradScaler(distributed.device.type, enabled=self.dtype == torch.float16)
         self.parts = parts | {"scaler": self.scaler}
         self.model, self.ema = parts["model"], parts["ema"]
         self.optimizer, self.scheduler = parts["optimizer"], parts["scheduler"]
-        self.config = {**vars(args), "classes": data.classes, "train_images": len(data), "mean": list(MEAN),
+        self.config = {**vars(args), "classes": data[0].classes, "train_images": len(data[0]), "mean": list(MEAN),
                        "std": list(STD)}
+        if distributed.rank == 0:
+            names = "contents_of_training_files", "contents_of_validation_files"
+            self.config |= dict(zip(names, map(files_digest, data)))
         self.validated, self.loss_sum, self.lr, self.best, self.better, self.log = 0, 0.0, 0.0, -1.0, "model", []
         self.reports = []  # of steps whose loss was not read yet
         self.loss = math.nan  # of the last step that was read
@@ -581,8 +585,9 @@ class Run:
 
     def fail(self, reason: str) -> None:
         last = self.out / "last.pt"
+        start = f", and --weights {last} to start from the last weights saved" if last.exists() else ""
         raise UserError(f"{reason}; {last} is unchanged. A lower --lr, a longer warm-up or another --amp may help, in "
-                        f"a new run: choose another --out, and --weights {last} to start from the last weights saved")
+                        f"a new run: choose another --out{start}")
 
 
 def accelerator_usage(run: Run) -> dict[str, float]:
@@ -701,8 +706,10 @@ def open_checkpoint(args: Namespace, **defaults) -> dict:
         raise UserError(f"{args.weights}: {error}") from None
 
 
-def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Callable = print) -> None:
-    """visiongru.load_weights from the contents of `path`. Its warnings are logged, its error is a UserError."""
+def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Callable = print,
+                 classes: list | None = None) -> None:
+    """visiongru.load_weights from the contents of `path`. Its warnings are logged, its error is a UserError. `classes`:
+    what the model is to be trained on."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -711,6 +718,10 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Call
             raise UserError(f"{path}: {error}") from None
     for warning in caught:
         log(f"{path}: {warning.message}")
+    known = config_of(checkpoint).get("classes", classes)
+    if classes and known != classes and len(known) == len(classes):
+        theirs, ours = next(pair for pair in zip(known, classes) if pair[0] != pair[1])
+        log(f"{path}: its classifier, for as many other classes ({theirs!r} where the data has {ours!r}), is kept")
 
 
 def check_model(name: object, path: str | Path) -> None:
@@ -754,6 +765,17 @@ def read_image(path: str | Path) -> Image.Image:
                 return image.convert("RGB")
     except Exception as error:
         raise UserError(f"cannot read the image {path}: {error}") from None
+
+
+def files_digest(data: Dataset) -> str:
+    """By which a data set is known again, wherever it lies: a digest of the names of its files, their classes, and the
+    contents of some 1,000 of them, evenly spread. (To read all of ImageNet would take minutes.)"""
+    items = [x for item in getattr(data, "samples", getattr(data, "items", ())) for x in item]  # paths and classes
+    digest = hashlib.sha256(repr([x if isinstance(x, int) else os.path.basename(x) for x in items]).encode())
+    files = [x for x in items if not isinstance(x, int)]
+    for file in filter(os.path.isfile, files[::max(1, len(files) // 1000)]):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def normalizer(device: torch.device, mean: Iterable[float] = MEAN, std: Iterable[float] = STD) -> Callable:
@@ -1003,9 +1025,12 @@ def make_folder(path: Path, open_file: Callable | None = None) -> IO:
 
 
 @contextlib.contextmanager
-def locked_folder(out: Path) -> Iterator[None]:
+def locked_folder(out: Path, data: str | None = None) -> Iterator[None]:
     """The folder --out, made if need be, for this run alone: the system frees its lock however this process ends.
     (lockf rather than flock: data-loading workers do not inherit it, and over NFS it holds on all hosts.)"""
+    for part in ("train", "val", "images", "annotations") if data else ():
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(Path(data, part))):
+            raise UserError(f"--out {out}: it would be read as data, in {Path(data, part)}; choose another --out")
     new = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     with make_folder(out, lambda: open(out / "run.lock", "a+")) as file:
         try:
@@ -1138,7 +1163,8 @@ def dispatch(args: Namespace, train: Callable, evaluate: Callable, predict: Call
     distributed = init_distributed(args.device)
     act = predict if args.predict else evaluate if args.eval else train
     try:
-        with locked_folder(Path(args.out)) if act is train and distributed.rank == 0 else contextlib.nullcontext():
+        with (locked_folder(Path(args.out), args.data) if act is train and distributed.rank == 0
+              else contextlib.nullcontext()):
             return act(args, distributed) or 0
     except Stopped as stopped:
         distributed.all_reduce([])  # wait for rank 0 to save: torchrun kills the rest when one exits
