@@ -22,13 +22,9 @@ import contextlib
 import hashlib
 import math
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C while torch is imported needs no traceback
-    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
 import train as common  # before torch, for which it sets an environment variable
 import torch
@@ -340,7 +336,9 @@ def overlay(image: Image.Image, labels: Image.Image, names: dict[int, str]) -> I
     counts = sorted(labels.getcolors(), reverse=True)
     size = min(max(12, max(image.size) // 40), 48)
     texts = [f"{label}: {names[label]} {100 * count / image.width / image.height:.1f} %" for count, label in counts]
-    font, colours = legend_font(texts, size), labels.getpalette()
+    font, colours = ImageFont.load_default(size), labels.getpalette()
+    with contextlib.suppress(OSError):  # PIL's own font has Latin letters alone; what no font has, its number names
+        font = font if "".join(texts).isascii() else ImageFont.truetype("DejaVuSans.ttf", size)
     width = max(image.width, *(round(font.getlength(text)) + 2 * size for text in texts))
     page = Image.new("RGB", (width, image.height + 3 * size * len(texts) // 2 + size // 2), "white")
     page.paste(Image.blend(image, labels.convert("RGB"), 0.5))
@@ -350,17 +348,6 @@ def overlay(image: Image.Image, labels: Image.Image, names: dict[int, str]) -> I
         draw.rectangle((size // 4, y, 5 * size // 4, y + size), tuple(colours[3 * label:3 * label + 3]), "black")
         draw.text((3 * size // 2, y + size // 2), text, "black", font, anchor="lm")
     return page
-
-
-def legend_font(texts: list[str], size: int) -> ImageFont.ImageFont:
-    """PIL's own font or, for names in other scripts than Latin, a font of the system if it has one with those."""
-    for name in () if "".join(texts).isascii() else SYSTEM_FONTS:
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, size)
-    return ImageFont.load_default(size)
-
-
-SYSTEM_FONTS = "NotoSansCJK-Regular.ttc", "msyh.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "arial.ttf"
 
 
 # Data -----------------------------------------------------------------------------------------------------------------

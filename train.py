@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while torch is imported needs no traceback
+if sys.argv[0].endswith(("train.py", "segment.py")):  # Ctrl-C while torch is imported needs no traceback
     sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
 # GNU OpenMP's threads wait for work by spinning, which beside other busy processes makes a step forty times slower. A
@@ -1211,24 +1211,23 @@ def report_error(error: BaseException) -> int:
     if os.environ.get("RANK", "0") != "0":  # if all meet the error, rank 0 reports it and torchrun kills the rest
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    message, advice = str(error), None
-    if not isinstance(error, UserError):
-        found = f"{type(error).__name__}: {error}"
-        advice = next((advice for words, advice in ADVICE.items() if re.search(words, found)), None)
-        if not advice and not isinstance(error, OSError):
-            with contextlib.suppress(OSError):
-                traceback.print_exception(error)
-            return 1
-        lines = found.strip().splitlines()  # of a worker's exception the last says what it was
-        message = ": ".join(filter(None, (lines[-1 if "Traceback" in message else 0], advice)))
-    print_error(message)
+    found = f"{type(error).__name__}: {error}".strip(": \n")
+    advice = next((f": {advice}" for words, advice in ADVICE.items() if re.search(words, found)), "")
+    if isinstance(error, UserError):
+        print_error(error)
+    elif advice or isinstance(error, OSError):
+        print_error(found.splitlines()[-1 if "Traceback" in found else 0] + advice)  # the last is what a worker met
+    else:
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
+        return 1
     return 2
 
 
 ADVICE = {  # by the words of an error
     r"gloo|DistBackendError|DistStoreError": "another process has ended; see its error",
     r"shared memory|/torch_\d": "is /dev/shm too small? Enlarge it (docker run --shm-size=8g), or take --workers 0",
-    r"Too many open files|ancdata": "raise the limit (ulimit -n 4096), or take fewer --workers",
+    "Too many open files|ancdata": "raise the limit (ulimit -n 4096), or take fewer --workers",
     r"(?i)c\+\+ compiler|CxxCompiler": "install one, or take --no-compile",
     # The system kills a data-loading worker when memory runs out; what then fails may be the connection to it.
     r"^(MemoryError|OutOfMemoryError|ConnectionResetError|EOFError)|can't allocate memory|DataLoader worker \(pid":
