@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import colorsys
 import contextlib
+import hashlib
 import math
-import sys
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,7 +35,7 @@ from pathlib import Path
 import train as common  # before torch, for which it sets an environment variable
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -73,7 +74,8 @@ def train(args: Namespace, distributed: Distributed) -> None:
     model = visiongru.UPerNet(backbone, len(classes), args.channels, args.aux_channels)
     for part, path in (model, args.weights), (model.backbone, args.backbone_weights):
         if path and not common.checkpoint_to_resume(args):  # a resumed run has weights of its own
-            common.load_weights(part, common.load_checkpoint(path), path, distributed.print)
+            common.load_weights(part, common.load_checkpoint(path), path, distributed.print,
+                                classes if part is model else None)
     model.to(device, memory_format=torch.channels_last)
     if sync_batchnorm:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -82,7 +84,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
     scheduler = LambdaLR(optimizer, lambda step: warmup_linear(step, args.iters, args.warmup_iters))
 
     # The run: first its state, new or resumed, then what wraps the model
-    run = common.Run(args, distributed, train_data, args.iters, model=model, ema=None, optimizer=optimizer,
+    run = common.Run(args, distributed, (train_data, val_data), args.iters, model=model, ema=None, optimizer=optimizer,
                      scheduler=scheduler)
     run.start_or_resume()
     common.install_signal_handlers(distributed)
@@ -252,7 +254,8 @@ def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
     _, autocast = common.precision(args.amp, distributed.device)
     confusion = evaluate(model, loader, distributed, normalize, autocast, args.crop_size if args.slide else 0)
     result = scores(confusion, data.classes)
-    distributed.print(f"{score_table(result)}\n{args.weights}: {summary(result)} ({len(data):,} images)")
+    if distributed.rank == 0:
+        common.print_result(f"{score_table(result)}\n{args.weights}: {summary(result)} ({len(data):,} images)")
 
 
 # Prediction -----------------------------------------------------------------------------------------------------------
@@ -270,13 +273,16 @@ def predict(args: Namespace, distributed: Distributed) -> int:
     for path in args.predict:
         if stems.setdefault(Path(path).stem, path) != path:
             raise UserError(f"{stems[Path(path).stem]} and {path} would be written to the same file in {out}")
-    common.make_folder(out)
+    for path in (out / f"{stem}_{suffix}.png" for stem in stems for suffix in ("labels", "overlay")):
+        if os.path.lexists(path) and not is_prediction(path):
+            raise UserError(f"{path} is not as it was predicted; move it, or choose another --out")
+    common.make_folder(out).close()
     mine = list(stems.items())[distributed.rank::distributed.world_size]
     for stem, path in tqdm(mine, unit="image", leave=False, disable=distributed.rank > 0 or None):
         try:
             image = common.read_image(path)
         except UserError as error:
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            common.print_error(error)
             unread += 1
             continue
         with autocast():
@@ -286,10 +292,24 @@ def predict(args: Namespace, distributed: Distributed) -> int:
         labels = v2.functional.to_pil_image(labels.to("cpu", torch.uint8)).convert("P")
         labels.putpalette(palette(first))
         for suffix, picture in ("labels", labels), ("overlay", overlay(image, labels, names)):
-            common.atomic_write(out / f"{stem}_{suffix}.png", common.encoded(picture.save, format="PNG"))
+            signature = PngImagePlugin.PngInfo()
+            signature.add_text("Software", digest(picture))
+            common.atomic_write(out / f"{stem}_{suffix}.png",
+                                common.encoded(picture.save, format="PNG", pnginfo=signature))
     unread, done = distributed.all_reduce([unread, len(mine) - unread])
     distributed.print(f"{done:.0f} label maps (NAME_labels.png) and overlays (NAME_overlay.png) are in {out}")
     return 2 if unread else 0
+
+
+def digest(picture: Image.Image) -> str:
+    return f"segment.py {hashlib.sha256(picture.tobytes()).hexdigest()}"
+
+
+def is_prediction(path: Path) -> bool:
+    """Whether a file is as `predict` wrote it: it may be replaced."""
+    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as picture:
+        return digest(picture) == picture.text["Software"]
+    return False
 
 
 def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Module, Callable]:
@@ -321,8 +341,10 @@ def overlay(image: Image.Image, labels: Image.Image, names: dict[int, str]) -> I
     each label that occurs, the most frequent first. names: the name of each label."""
     counts = sorted(labels.getcolors(), reverse=True)
     size = min(max(12, max(image.size) // 40), 48)
+    texts = [f"{label}: {names[label]} {100 * count / image.width / image.height:.1f} %" for count, label in counts]
     font, colours = ImageFont.load_default(size), labels.getpalette()
-    texts = [f"{names[label]} {100 * count / image.width / image.height:.1f} %" for count, label in counts]
+    with contextlib.suppress(OSError):  # PIL's own font has Latin letters alone; what no font has, its number names
+        font = font if "".join(texts).isascii() else ImageFont.truetype("DejaVuSans.ttf", size)
     width = max(image.width, *(round(font.getlength(text)) + 2 * size for text in texts))
     page = Image.new("RGB", (width, image.height + 3 * size * len(texts) // 2 + size // 2), "white")
     page.paste(Image.blend(image, labels.convert("RGB"), 0.5))

@@ -11,6 +11,8 @@ minute what needs no other process or compiler. What the two scripts promise, an
                  processes do the same within the 30 seconds that it gives them; it ends with a status of its own.
 -k distributed   `torchrun --max-restarts=3 ... --resume auto` continues by itself when a process dies, and ends as if
                  none had. Two hosts end with the weights of one. Each validation image counts once.
+-k "two_runs or predictions"  An output folder belongs to one run: a second one is refused until the first ends, even by
+                 a kill. A prediction replaces nothing but an unchanged prediction.
 -k disk          A full disk or an unwritable folder is an error that says so; the checkpoint before it stays.
 -k checkpoints   A damaged checkpoint, or one that would run code, is refused with its path and the reason.
 -k images        An image is read as a viewer shows it (upright, transparent parts on white, 16 bits, the first frame),
@@ -49,6 +51,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
@@ -1198,6 +1201,7 @@ KEEP_IT = ".*; keep it, or start a new run with --weights"
     ("segment", f"only --predict x --weights {BACKBONE}", "has no decode_head.conv_seg.weight; expected a check"),
     ("segment", "only --predict a/1.jpg b/1.jpg --weights {segmented}/best.pt", "a/1.jpg and b/1.jpg would be written"),
     ("segment", "only --num-classes 3", "--num-classes"),  # without --data
+    ("train", "--data {tmp}/3 --out {tmp}/3/train/run", "--out .*: it would be read as data, in .*/3/train;"),
 ], indirect=["either"])
 def test_options_that_make_no_sense_are_refused(either, more, message, finished, segmented, tmp_path):
     module, words, _ = either
@@ -1219,6 +1223,76 @@ def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one
             with pytest.raises(train.UserError, match=message):
                 train.main(arguments(pictures, out, "--drop-path", 0.2, *resume))
         assert (out / name).read_text() == "dear" and len(list(out.iterdir())) == 1
+
+
+def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_is_killed(pictures, tmp_path):
+    out = tmp_path / "new" / "run"
+    ready, say = os.pipe()
+    if not (first := os.fork()):
+        with train.locked_folder(out):
+            os.write(say, b"locked")
+            signal.pause()
+    os.read(ready, 6)
+    for resume in ((), ("--resume", "auto")):
+        with pytest.raises(train.UserError, match=rf"--out {out}: another run \(process {first} on .*\) uses this"):
+            train.main(arguments(pictures, out, *resume))
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    with pytest.raises(train.UserError, match="--data"):
+        train.main(arguments(tmp_path / "absent", out))
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("name, harm, message", [
+    ("best.pt", lambda path, other: None, None),  # it is gone
+    ("best.pt", lambda path, other: path.write_text("<html>"), "use the checkpoint .*best.pt: .* damaged; mend .*best"),
+    ("best.pt", lambda path, other: path.symlink_to("/absent/b.pt"), "open the checkpoint /absent/b.pt: .*; mend .*t"),
+    ("best.pt", lambda path, other: shutil.copy(other, path), "best.pt was trained on other classes"),
+    ("last.pt", lambda path, other: path.symlink_to("/absent/l.pt"), "cannot open the checkpoint /absent/l.pt: No "),
+], ids=["gone", "damaged", "not mounted", "another run's", "last.pt not mounted"])
+def test_resume_knows_what_best_pt_holds_and_takes_no_link_for_a_new_run(
+        name, harm, message, finished, segmented, pictures, tmp_path, capsys):
+    shutil.copytree(finished, out := tmp_path / "run")
+    (out / name).unlink()
+    harm(out / name, segmented / "best.pt")
+
+    def found():
+        return {path: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in out.iterdir()}
+    before = found()
+    words = arguments(pictures, out, "--drop-path", 0.2, "--resume", "auto")
+    if message:
+        with pytest.raises(train.UserError, match=message):
+            train.main(words)
+        assert found() == before
+        return
+    assert train.main(words) == 0 and comparable(history(out)) == comparable(history(finished))
+    best, score = train.load_checkpoint(out / "best.pt"), max(history(out)[-1][key] for key in ("top1", "ema_top1"))
+    assert best["best"] == score and f"has top-1 {score:.2f} %" in capsys.readouterr().out
+
+
+@both_scripts
+def test_resume_with_other_files_of_the_same_names_is_refused_and_with_the_same_elsewhere_is_not(
+        either, finished, segmented, pictures, streets, tmp_path):
+    module, words, alone = either
+    shutil.copytree(pictures if module is train else streets, data := tmp_path / "data")
+    shutil.copytree(alone, out := tmp_path / "run")
+    words = words(out, "--resume", "auto", "--data", data)
+    assert module.main(words) == 0
+    kind, names = ("training", "train/ant/*") if module is train else ("validation", "annotations/validation/*")
+    first, second, *_ = data.glob(names)
+    first.rename(tmp_path / "first"), second.rename(first), (tmp_path / "first").rename(second)
+    with pytest.raises(train.UserError, match=f"contents-of-{kind}-files was [0-9a-f]+ and is now"):
+        module.main(words)
+
+
+def test_resume_with_more_epochs_takes_the_rates_of_the_new_schedule_from_the_first_step_on(
+        finished, pictures, tmp_path, monkeypatch):
+    rates, train_step = {}, train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
+        rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), train_step(run, *rest)))
+    shutil.copytree(finished, out := tmp_path / "run")
+    assert train.main(arguments(pictures, out, "--drop-path", 0.2, "--epochs", 3, "--resume", "auto")) == 0
+    assert rates == {step: 1e-3 * train.warmup_cosine(step, 18, 3) for step in range(12, 18)}
 
 
 # A run that cannot be lost: crashes and signals -----------------------------------------------------------------------
@@ -1353,6 +1427,26 @@ def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_i
     assert "Traceback" not in err and train.load_checkpoint(out / "last.pt")["step"] > 6
 
 
+@pytest.mark.parametrize("module, use", [
+    (train, "--eval --data {pictures} --weights {finished}/best.pt"),
+    (train, "--predict {picture} --weights {finished}/best.pt"),
+    (segment, "--eval --data {streets} --weights {segmented}/best.pt")])
+def test_pipes_a_result_that_cannot_be_written_is_an_error(
+        module, use, pictures, streets, finished, segmented, monkeypatch, capsys):
+    use = use.format(pictures=pictures, streets=streets, finished=finished, segmented=segmented,
+                     picture=pictures / "val/ant/0.png")
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
+        patch.setattr(sys, "stdout", full)
+        train.run_main(lambda: module.main([*use.split(), "--device", "cpu"]))
+    assert capsys.readouterr().err == "error: cannot write the result to the standard output: No space left on device\n"
+
+
+def test_pipes_closed_from_the_start_keep_no_run_from_training(pictures, tmp_path):
+    words = arguments(pictures, tmp_path / "run", "--epochs", 1, "--workers", 1)
+    end_of(launched(["sh", "-c", f"exec {sys.executable} {HERE / 'train.py'} {shlex.join(words)} <&- >&- 2>&-"]))
+    assert len(history(tmp_path / "run")) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @process
 def test_signals_given_twice_stop_at_once(workers, tmp_path):
@@ -1417,11 +1511,72 @@ def test_distributed_a_dead_rank_is_started_again_and_the_run_ends_as_if_undistu
     assert_same_end(out, pair)
 
 
+def test_fine_tuning_on_as_many_other_classes_says_that_the_classifier_is_kept(micro, pictures, tmp_path, capsys):
+    torch.save({"model": micro_model(num_classes=3).state_dict(), "config": {"classes": ["ant", "fly", "cat"]}},
+               tmp_path / "other.pt")
+    train.main(arguments(pictures, tmp_path / "run", "--epochs", 1, "--weights", tmp_path / "other.pt"))
+    assert "for as many other classes ('fly' where the data has 'bee'), is kept" in capsys.readouterr().out
+
+
+def test_a_legend_tells_classes_apart_whose_names_the_font_lacks(monkeypatch):
+    labels = Image.new("P", (90, 60), 1)
+    labels.paste(2, (0, 0, 40, 60))
+    labels.putpalette(segment.palette(1))
+    texts = []
+    monkeypatch.setattr(segment.ImageDraw.ImageDraw, "text", lambda self, place, text, *rest, **kw: texts.append(text))
+    segment.overlay(Image.new("RGB", labels.size), labels, {1: "\u4eba", 2: "\u8def"})
+    assert texts == ["1: \u4eba 55.6 %", "2: \u8def 44.4 %"]
+
+
 @process
 def test_distributed_an_error_that_all_processes_meet_is_reported_once(tmp_path):
     process = script("--data", tmp_path / "absent", "--device", "cpu", launcher=torchrun(2))
     _, err = process.communicate(timeout=100)
     assert process.returncode != 0 and err.count("error: --data") == 1
+
+
+def test_distributed_an_error_that_one_process_meets_is_its_line_and_no_traceback_of_the_others(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data/val/ant/1.png").write_text("no picture")  # of rank 1's share
+    process = script(*arguments(tmp_path / "data", tmp_path / "run", "--epochs", 1), launcher=torchrun(2))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and err.count("error: cannot read the image") == 1 and "train.py\", line" not in err
+
+
+@pytest.mark.parametrize("variables, message", [
+    ({"WORLD_SIZE": "2"}, "cannot join the other processes: .* RANK expected, but not set; start with torchrun, or"),
+    ({"RANK": "1"}, "cannot join .* WORLD_SIZE expected"), ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR expected"),
+    ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two'; expected a number"),
+    ({"LOCAL_WORLD_SIZE": "-1"}, "the environment variable LOCAL_WORLD_SIZE is '-1'")])
+def test_environments_that_torchrun_has_not_set_up_are_refused(variables, message, pictures, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words = arguments(pictures, tmp_path / "run", "--epochs", 1)
+    del words[words.index("--workers"):words.index("--workers") + 2]
+    with pytest.raises(train.UserError, match=message):
+        train.main(words)
+
+
+@pytest.mark.parametrize("error, advice", [
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n 1\nRuntimeError: unable "
+                  "to allocate shared memory(shm) for </torch_1_2_3>: No space left on device (28)"), "--shm-size=8g"),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  "are out of shared memory."), "--shm-size=8g"),
+    (OSError(24, "Too many open files"), "ulimit -n 4096"), (MemoryError(), "MemoryError: out of memory?"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "take --no-compile"),
+    (PermissionError(13, "Permission denied", "/a"), "Permission denied: '/a'\n")])
+def test_environments_that_lack_something_are_named_in_one_line_with_a_way_out(error, advice, capsys):
+    assert train.report_error(error) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and advice in message and message.count("\n") == 1
+
+
+def test_environments_with_too_few_file_descriptors_are_refused_before_they_hang(pictures, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    train.make_loader(range(9), 2, train.Distributed())
+    with pytest.raises(train.UserError, match=r"--workers 999999: they need \d+ open files and the limit is \d+"):
+        train.make_loader(range(9), 999_999, train.Distributed())
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
 
 
 def test_distributed_processes_that_read_different_checkpoints_are_refused(finished, pictures):
@@ -1610,6 +1765,26 @@ def test_disk_full_is_named_and_what_was_there_stays(tmp_path):
     with pytest.raises(train.UserError, match="cannot write .*file: No space left on device; .* is unchanged"):
         train.atomic_write(tmp_path / "file", bytes(10**6))
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "dear"
+
+
+def test_disk_predictions_replace_nothing_but_unchanged_predictions(segmented, pictures, tmp_path):
+    words = ["--predict", str(pictures / "val/ant/0.png"), "--weights", f"{segmented}/best.pt", "--device", "cpu",
+             "--out", str(tmp_path)]
+    assert [segment.main(words), segment.main(words)] == [0, 0]
+    labels, overlay = tmp_path / "0_labels.png", tmp_path / "0_overlay.png"
+    with Image.open(labels) as picture:
+        picture.load()
+    picture.putpixel((3, 3), 1 + picture.getpixel((3, 3)))
+    note = PngInfo()
+    note.add_text("Software", picture.info["Software"])  # which an editor may keep
+    for path, harm in ((labels, lambda path: picture.save(path, pnginfo=note)), (overlay, lambda path: path.touch()),
+                       (overlay, lambda path: path.symlink_to("absent"))):
+        path.unlink(missing_ok=True)
+        harm(path)
+        with pytest.raises(train.UserError, match=f"{path} is not as it was predicted; move it, or choose another"):
+            segment.main(words)
+        path.unlink()
+    assert segment.main(words) == 0
 
 
 def test_disk_a_folder_that_cannot_be_written_to_is_found_before_training(segmented, pictures, streets, tmp_path):

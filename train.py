@@ -41,6 +41,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import signal
@@ -53,7 +54,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
+
+if sys.argv[0].endswith(("train.py", "segment.py")):  # Ctrl-C while torch is imported needs no traceback
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
 # GNU OpenMP's threads wait for work by spinning, which beside other busy processes makes a step forty times slower. A
 # short spin costs nothing on a free machine. The variable is read when torch is imported.
@@ -100,7 +104,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
     model = MODELS[args.model](num_classes=num_classes, drop_path=args.drop_path,
                                grad_checkpointing=args.grad_checkpointing)
     if args.weights and not checkpoint_to_resume(args):  # a resumed run has weights of its own
-        load_weights(model, load_checkpoint(args.weights), args.weights, distributed.print)
+        load_weights(model, load_checkpoint(args.weights), args.weights, distributed.print, train_data.classes)
     model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False) if args.model_ema_decay else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=tuple(args.opt_betas),
@@ -109,7 +113,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, total_steps, warmup_steps))
 
     # The run: first its state, new or resumed, then what wraps the model
-    run = Run(args, distributed, train_data, total_steps, model=model, ema=ema, optimizer=optimizer,
+    run = Run(args, distributed, (train_data, val_data), total_steps, model=model, ema=ema, optimizer=optimizer,
               scheduler=scheduler)
     run.start_or_resume()
     install_signal_handlers(distributed)
@@ -227,8 +231,9 @@ def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
     loader = tqdm(loader, unit="batch", leave=False, disable=distributed.rank > 0 or None)
     _, autocast = precision(args.amp, distributed.device)
     scores = evaluate({"model": model}, loader, distributed, normalize, autocast)["model"]
-    distributed.print(f"{args.weights}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, loss "
-                      f"{scores['val_loss']:.4f} ({len(data):,} images)")
+    if distributed.rank == 0:
+        print_result(f"{args.weights}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, loss "
+                     f"{scores['val_loss']:.4f} ({len(data):,} images)")
 
 
 @torch.inference_mode()
@@ -243,15 +248,14 @@ def predict(args: Namespace, distributed: Distributed) -> int:
         try:
             image = transform(read_image(path))[None].to(distributed.device)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
             unread += 1
             continue
         with autocast():
             probabilities = model(normalize(image)).float().softmax(dim=1)[0]
         top = probabilities.topk(min(5, len(probabilities)))
-        print(path)
-        for p, k in zip(top.values.tolist(), top.indices.tolist()):
-            print(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}")
+        print_result("\n".join([path, *(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}"
+                                        for p, k in zip(top.values.tolist(), top.indices.tolist()))]))
     [unread] = distributed.all_reduce([unread])  # wait for all: torchrun kills the rest when one exits with an error
     return 2 if unread else 0
 
@@ -412,7 +416,7 @@ class Run:
     stop; OUT/best.pt the weights that validated best; OUT/log.jsonl a line for each validation.
 
     Args:
-        data: the training set, with its `classes`.
+        data: the training and the validation set, with their `classes`.
         total_steps: optimizer steps of the whole run.
         parts: what has a state_dict: `model`, `ema` (or None), `optimizer`, `scheduler`.
 
@@ -423,15 +427,19 @@ class Run:
         scaler: the gradient scaler, which does nothing but in fp16.
     """
 
-    def __init__(self, args: Namespace, distributed: Distributed, data: Dataset, total_steps: int, **parts):
+    def __init__(self, args: Namespace, distributed: Distributed, data: tuple[Dataset, Dataset], total_steps: int,
+                 **parts):
         self.args, self.distributed, self.total_steps, self.out = args, distributed, total_steps, Path(args.out)
         self.dtype, self.autocast = precision(args.amp, distributed.device)
         self.scaler = torch.amp.GradScaler(distributed.device.type, enabled=self.dtype == torch.float16)
         self.parts = parts | {"scaler": self.scaler}
         self.model, self.ema = parts["model"], parts["ema"]
         self.optimizer, self.scheduler = parts["optimizer"], parts["scheduler"]
-        self.config = {**vars(args), "classes": data.classes, "train_images": len(data), "mean": list(MEAN),
+        self.config = {**vars(args), "classes": data[0].classes, "train_images": len(data[0]), "mean": list(MEAN),
                        "std": list(STD)}
+        if distributed.rank == 0:
+            names = "contents_of_training_files", "contents_of_validation_files"
+            self.config |= dict(zip(names, map(files_digest, data)))
         self.validated, self.loss_sum, self.lr, self.best, self.better, self.log = 0, 0.0, 0.0, -1.0, "model", []
         self.reports = []  # of steps whose loss was not read yet
         self.loss = math.nan  # of the last step that was read
@@ -441,7 +449,7 @@ class Run:
         return self.scheduler.last_epoch
 
     def start_or_resume(self) -> None:
-        """Make OUT and, with --resume, restore its checkpoint. UserError rather than overwrite an earlier run."""
+        """With --resume restore the checkpoint. UserError rather than overwrite an earlier run."""
         path, last = checkpoint_to_resume(self.args), self.out / "last.pt"
         checkpoint = load_checkpoint(path) if path else {}
         seen = self.distributed.all_gather((checkpoint.get("step"), checkpoint.get("config")))
@@ -449,13 +457,12 @@ class Run:
             raise UserError(f"the processes see different {path or last}: --out must be on storage shared by all of "
                             f"them")
         for earlier in last, self.out / "best.pt", self.out / "log.jsonl":
-            if earlier.exists() and (path is None or path.resolve() != last.resolve()):
+            if os.path.lexists(earlier) and (path is None or path.resolve() != last.resolve()):
                 raise UserError(f"{earlier} already exists: continue from its last.pt with --resume auto or choose "
                                 f"another --out")
         if path:
             self.restore(checkpoint, path)
         if self.distributed.rank == 0:
-            make_folder(self.out)
             for name in "last.pt", "best.pt", "log.jsonl":  # of a run that was killed while it wrote
                 (self.out / f"{name}.tmp").unlink(missing_ok=True)
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -467,22 +474,35 @@ class Run:
         """Take the state from a checkpoint of the same run: other data, or another recipe, would be another run."""
         if "optimizer" not in checkpoint:
             raise UserError(f"--resume {path}: this file has only weights; resume a last.pt, or start from --weights")
+        files = {path: checkpoint}
+        if os.path.lexists(best := self.out / "best.pt"):  # it may be damaged, another run's, or newer than last.pt
+            try:
+                files[best] = load_checkpoint(os.path.realpath(best))
+            except UserError as error:
+                raise UserError(f"{error}; mend {best}, or remove it: the next validation writes another") from None
         try:
-            check_classes(checkpoint["config"]["classes"], self.config["classes"], path)
-            for name, before in checkpoint["config"].items():
-                now = self.config.get(name, before)
-                if now != before and name not in MAY_CHANGE:
-                    raise UserError(f"--resume {path}: {name.replace('_', '-')} was {before} and is now {now}; keep "
-                                    f"it, or start a new run with --weights")
+            for file, content in files.items():
+                check_classes(content["config"]["classes"], self.config["classes"], file)
+                for name, before in content["config"].items():
+                    now = self.config.get(name, before)
+                    if now != before and name not in MAY_CHANGE:
+                        raise UserError(f"--resume {file}: {name.replace('_', '-')} was {before} and is now {now}; "
+                                        f"keep it, or start a new run with --weights")
             for key, part in self.parts.items():
                 if checkpoint[key]:  # without a moving average there is none to restore, and without fp16 no scale
                     part.load_state_dict(checkpoint[key])
             for key in STATE:
                 setattr(self, key, checkpoint[key])
+            self.best = files[best]["best"] if best in files else -1.0
+            if best not in files and self.log and self.step == self.validated:  # validate again, for a best.pt
+                again = self.log.pop()
+                self.validated = self.log[-1]["step"] if self.log else 0
+                self.loss_sum = again["loss"] * (self.step - self.validated)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"--resume {path}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
-        if not (self.out / "best.pt").exists():  # the run continues in another folder, which has no best.pt yet
-            self.best = -1.0
+        # With another number of epochs the next step has another rate than the optimizer's state says.
+        for group, base, factor in zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas):
+            group["lr"] = base * factor(self.step)
 
     def steps(self, until: int) -> Iterator[int]:
         """Yield for each optimizer step until `until` are taken. In between, read the loss of the step before, show
@@ -523,7 +543,7 @@ class Run:
         if report.is_cuda:
             report, ready = report.to("cpu", non_blocking=True), torch.cuda.Event()
             ready.record()
-        self.reports.append((self.step + 1, self.scheduler.get_last_lr()[0], report, ready))
+        self.reports.append((self.step + 1, self.optimizer.param_groups[0]["lr"], report, ready))
 
     def read_losses(self, keep: int = 0) -> None:
         """Read the reports of all steps but the last `keep`. UserError if a loss is not finite."""
@@ -554,7 +574,7 @@ class Run:
         if self.distributed.rank == 0:
             atomic_write(self.out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in self.log).encode())
         self.validated, self.loss_sum, self.better = self.step, 0.0, better
-        if score > self.best:
+        if score > self.best or not (self.out / "best.pt").exists():
             self.best = score
             self.save("best.pt")
         self.save()
@@ -579,8 +599,9 @@ class Run:
 
     def fail(self, reason: str) -> None:
         last = self.out / "last.pt"
+        start = f", and --weights {last} to start from the last weights saved" if last.exists() else ""
         raise UserError(f"{reason}; {last} is unchanged. A lower --lr, a longer warm-up or another --amp may help, in "
-                        f"a new run: choose another --out, and --weights {last} to start from the last weights saved")
+                        f"a new run: choose another --out{start}")
 
 
 def accelerator_usage(run: Run) -> dict[str, float]:
@@ -680,7 +701,7 @@ def checkpoint_to_resume(args: Namespace) -> Path | None:
     if args.resume != "auto":
         return Path(args.resume) if args.resume else None
     last = Path(args.out, "last.pt")
-    return last if last.exists() else None
+    return Path(os.path.realpath(last)) if os.path.lexists(last) else None  # it may be a link to what is not mounted
 
 
 def open_checkpoint(args: Namespace, **defaults) -> dict:
@@ -699,8 +720,10 @@ def open_checkpoint(args: Namespace, **defaults) -> dict:
         raise UserError(f"{args.weights}: {error}") from None
 
 
-def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Callable = print) -> None:
-    """visiongru.load_weights from the contents of `path`. Its warnings are logged, its error is a UserError."""
+def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Callable = print,
+                 classes: list | None = None) -> None:
+    """visiongru.load_weights from the contents of `path`. Its warnings are logged, its error is a UserError. `classes`:
+    what the model is to be trained on."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -709,6 +732,10 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Call
             raise UserError(f"{path}: {error}") from None
     for warning in caught:
         log(f"{path}: {warning.message}")
+    known = config_of(checkpoint).get("classes", classes)
+    if classes and known != classes and len(known) == len(classes):
+        theirs, ours = next(pair for pair in zip(known, classes) if pair[0] != pair[1])
+        log(f"{path}: its classifier, for as many other classes ({theirs!r} where the data has {ours!r}), is kept")
 
 
 def check_model(name: object, path: str | Path) -> None:
@@ -752,6 +779,17 @@ def read_image(path: str | Path) -> Image.Image:
                 return image.convert("RGB")
     except Exception as error:
         raise UserError(f"cannot read the image {path}: {error}") from None
+
+
+def files_digest(data: Dataset) -> str:
+    """By which a data set is known again, wherever it lies: a digest of the names of its files, their classes, and the
+    contents of some 1,000 of them, evenly spread. (To read all of ImageNet would take minutes.)"""
+    items = [x for item in getattr(data, "samples", getattr(data, "items", ())) for x in item]  # paths and classes
+    digest = hashlib.sha256(repr([x if isinstance(x, int) else os.path.basename(x) for x in items]).encode())
+    files = [x for x in items if not isinstance(x, int)]
+    for file in filter(os.path.isfile, files[::max(1, len(files) // 1000)]):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def normalizer(device: torch.device, mean: Iterable[float] = MEAN, std: Iterable[float] = STD) -> Callable:
@@ -817,6 +855,17 @@ def validation_loader(data: Dataset, batch_size: int, args: Namespace, distribut
 
 
 def make_loader(data: Dataset, workers: int, distributed: Distributed, **order) -> DataLoader:
+    """A DataLoader. UserError if its workers would lack file descriptors, without which they can wait for ever."""
+    needed = 64 + 32 * workers
+    with contextlib.suppress(ImportError):
+        import resource  # Windows has none
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            if workers and 0 <= soft < needed:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        except (ValueError, OSError):
+            raise UserError(f"--workers {workers}: they need {needed} open files and the limit is {hard}; raise it "
+                            f"(ulimit -n), or take fewer") from None
     return DataLoader(data, num_workers=workers, worker_init_fn=ignore_signals, persistent_workers=workers > 0,
                       pin_memory=distributed.device.type == "cuda", **order)
 
@@ -886,12 +935,10 @@ class Distributed:
     should_stop: bool = False  # whether any process had received one when they last compared
 
     def print(self, text: str) -> None:
-        """Print, on rank 0 alone."""
-        try:
+        """Print, on rank 0 alone. If the terminal, or the program that reads this, is gone, the run goes on without."""
+        with contextlib.suppress(UserError):
             if self.rank == 0:
-                print(text, flush=True)
-        except OSError:  # the terminal, or the program that reads this, is gone: the run goes on without
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                print_result(text)
 
     def all_reduce(self, numbers: list) -> list[float]:
         """Sum a list of numbers over all processes, and set `should_stop`. The host waits for the result."""
@@ -917,7 +964,7 @@ class Distributed:
 
 def init_distributed(device: str = "auto") -> Distributed:
     """Join the other processes if torchrun started several, and take this one's device. Raises UserError."""
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
+    rank, world_size, local_rank = (from_torchrun(*name) for name in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:
@@ -932,13 +979,25 @@ def init_distributed(device: str = "auto") -> Distributed:
             torch.set_float32_matmul_precision("high")  # tf32
     except RuntimeError as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if world_size == 1:
+    if world_size == 1 and rank == 0:
         return Distributed(device=device)
-    dist.init_process_group(dist.get_default_backend_for_device(device))
+    try:
+        dist.init_process_group(dist.get_default_backend_for_device(device))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}; start with "
+                        f"torchrun, or unset RANK and WORLD_SIZE") from None
     if device.type == "cpu" and hasattr(os, "register_at_fork"):
         # A workaround: before Python 3.12 a worker that is forked while a thread of gloo's holds Python's lock hangs.
         os.register_at_fork(before=lambda: time.sleep(0.05))
     return Distributed(rank, world_size, device)
+
+
+def from_torchrun(name: str, default: int) -> int:
+    """A number from the environment. UserError if it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}; expected a number: use torchrun, or unset it")
+    return int(text)
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -969,13 +1028,43 @@ def encoded(save: Callable, **options) -> memoryview:
     return buffer.getbuffer()
 
 
-def make_folder(path: Path) -> None:
-    """The folder --out, made if need be. UserError if nothing can be written there: sooner than after an epoch."""
+def make_folder(path: Path, open_file: Callable | None = None) -> IO:
+    """Make the folder --out, if need be. -> open_file(), or a temporary file in it. UserError if nothing can be written
+    there: sooner than after an epoch."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        return open_file() if open_file else tempfile.TemporaryFile(dir=path)
     except OSError as error:
         raise UserError(f"--out {path}: cannot write in this folder: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked_folder(out: Path, data: str | None = None) -> Iterator[None]:
+    """The folder --out, made if need be, for this run alone: the system frees its lock however this process ends.
+    (lockf rather than flock: data-loading workers do not inherit it, and over NFS it holds on all hosts.)"""
+    for part in ("train", "val", "images", "annotations") if data else ():
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(Path(data, part))):
+            raise UserError(f"--out {out}: it would be read as data, in {Path(data, part)}; choose another --out")
+    new = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
+    with make_folder(out, lambda: open(out / "run.lock", "a+")) as file:
+        try:
+            import fcntl  # Windows has none
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.stat(file.fileno()), os.stat(file.name))  # a run that just ended removed its own
+        except (ImportError, OSError) as error:  # of other kinds: storage without locks
+            ours = not isinstance(error, (BlockingIOError, PermissionError, FileNotFoundError))
+        if not ours:
+            file.seek(0)
+            raise UserError(f"--out {out}: another run{file.read()} uses this folder; end it, or choose another --out")
+        file.truncate(0)
+        print(f" (process {os.getpid()} on {platform.node()})", end="", file=file, flush=True)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(file.name)
+                for folder in new:  # if they are still empty
+                    folder.rmdir()
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -1079,15 +1168,18 @@ def finish(arguments: dict) -> Namespace:
     args = Namespace(**arguments)
     if vars(args).get("workers", 0) is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if args.data else 0
+        args.workers = max(1, cores // max(1, from_torchrun("LOCAL_WORLD_SIZE", 1))) if args.data else 0
     return args
 
 
 def dispatch(args: Namespace, train: Callable, evaluate: Callable, predict: Callable) -> int:
     """Do what the arguments ask for. -> the exit status: 0, 2, or 128 + the number of a signal that stopped it."""
     distributed = init_distributed(args.device)
+    act = predict if args.predict else evaluate if args.eval else train
     try:
-        return (predict if args.predict else evaluate if args.eval else train)(args, distributed) or 0
+        with (locked_folder(Path(args.out), args.data) if act is train and distributed.rank == 0
+              else contextlib.nullcontext()):
+            return act(args, distributed) or 0
     except Stopped as stopped:
         distributed.all_reduce([])  # wait for rank 0 to save: torchrun kills the rest when one exits
         distributed.print("stopped by a signal, and saved: continue with the same command and --resume auto")
@@ -1107,6 +1199,10 @@ class UserError(Exception):
 def run_main(main: Callable) -> None:
     """Run main() and exit with its status; with 2, and a line without a traceback, for what the user can put right
     and if memory runs out; with 130 for Ctrl-C while there is nothing to save."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed: no other file may get its number, and a result would be lost
+            os.dup2(os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR), number)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         status = main()
@@ -1129,19 +1225,43 @@ def report_error(error: BaseException) -> int:
     if os.environ.get("RANK", "0") != "0":  # if all meet the error, rank 0 reports it and torchrun kills the rest
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    # The system kills a data-loading worker when memory runs out; what then fails may be the connection to it.
-    no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError, ConnectionResetError, EOFError)) \
-        or any(words in str(error) for words in ("can't allocate memory", "DataLoader worker (pid"))
-    if not no_memory and not isinstance(error, UserError):
-        traceback.print_exception(error)
+    found = f"{type(error).__name__}: {error}".strip(": \n")
+    advice = next((f": {advice}" for words, advice in ADVICE.items() if re.search(words, found)), "")
+    if isinstance(error, UserError):
+        print_error(error)
+    elif advice or isinstance(error, OSError):
+        print_error(found.splitlines()[-1 if "Traceback" in found else 0] + advice)  # the last is what a worker met
+    else:
+        with contextlib.suppress(OSError):
+            traceback.print_exception(error)
         return 1
-    message = str(error)
-    if no_memory:
-        reason = (message.splitlines() or [type(error).__name__])[0]
-        message = (f"{reason}: out of memory? More --grad-accum-steps, --grad-checkpointing, fewer --workers, smaller "
-                   f"images or batches need less")
-    print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+ADVICE = {  # by the words of an error
+    r"gloo|DistBackendError|DistStoreError": "another process has ended; see its error",
+    r"shared memory|/torch_\d": "is /dev/shm too small? Enlarge it (docker run --shm-size=8g), or take --workers 0",
+    "Too many open files|ancdata": "raise the limit (ulimit -n 4096), or take fewer --workers",
+    r"(?i)c\+\+ compiler|CxxCompiler": "install one, or take --no-compile",
+    # The system kills a data-loading worker when memory runs out; what then fails may be the connection to it.
+    r"^(MemoryError|OutOfMemoryError|ConnectionResetError|EOFError)|can't allocate memory|DataLoader worker \(pid":
+        "out of memory? More --grad-accum-steps, --grad-checkpointing, fewer --workers, smaller images or batches need "
+        "less",
+}
+
+
+def print_error(message: object) -> None:
+    with contextlib.suppress(OSError):  # there is nobody to tell: the exit status still does
+        tqdm.write(f"error: {message}", file=sys.stderr)
+
+
+def print_result(text: str) -> None:
+    """Print, or raise UserError if what was asked for cannot be written."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries to write it once more as it exits
+        raise UserError(f"cannot write the result to the standard output: {error.strerror}") from None
 
 
 # The built-in sets: textured shapes on textured grounds ---------------------------------------------------------------
