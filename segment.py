@@ -34,7 +34,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -339,7 +338,7 @@ class LabelledImages(Dataset):
         self.classes, self.zero_is_ignore, self.ignore_label = classes, zero_is_ignore, ignore_label
         images, masks = ({path.stem: path for path in sorted(Path(root, kind, split).iterdir())
                           if path.suffix.lower() in extensions}
-                         for kind, extensions in (("images", IMG_EXTENSIONS), ("annotations", LOSSLESS)))
+                         for kind, extensions in (("images", common.EXTENSIONS), ("annotations", LOSSLESS)))
         missing = sorted(images.keys() - masks.keys())
         if missing or not images:
             raise UserError(f"{images[missing[0]]} has no label map {missing[0]}.png in {root}/annotations/{split}"
@@ -360,7 +359,7 @@ class LabelledImages(Dataset):
     def read_mask(self, path: Path) -> Tensor:
         """A label map as (H, W) uint8: class indices and IGNORE. UserError for labels that are neither."""
         try:
-            with Image.open(path, formats=["PNG", "BMP", "TIFF", "PPM"]) as file:  # whatever its name says
+            with common.open_image(path, LOSSLESS) as file:
                 if len(file.getbands()) > 1:
                     raise ValueError(f"it has the channels {file.getbands()}; expected one, the number of the class")
                 labels = v2.functional.pil_to_tensor(file)[0].to(torch.int64)

@@ -1558,6 +1558,10 @@ def header(width, height):
             + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+# PIL's reader of IPTC opens what lies in the last field with all its readers, and that of EPS runs Ghostscript.
+IPTC = b"".join(struct.pack(">BBBH", 28, *field, len(data)) + data for field, data in [
+    ((3, 60), b"\1\0"), ((3, 20), b"\x09"), ((3, 30), b"\x09"), ((3, 120), b"\5"), ((8, 10), EPS)])
 RED, BLUE, WHITE = (254, 0, 0), (0, 0, 254), (255, 255, 255)
 FRAMES = dict(save_all=True, append_images=2 * [Image.new("RGB", (40, 20), "green")])
 UPRIGHT, TURNED = ((40, 20), {(5, 5): RED, (5, 15): BLUE}), ((40, 20), {(5, 5): BLUE, (5, 15): RED})
@@ -1603,7 +1607,11 @@ IMAGES = {
     "text.jpg":            (b"a holiday picture\n" * 9, None, "cannot identify image file", None),
     "half.jpg":            (jpeg()[:len(jpeg()) // 2], None, "truncated|Truncated", None),
     "header alone.png":    (header(40, 20), None, "truncated|broken|unrecognized|not enough", None),
-    "program.jpg":         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", None, "PostScript", None),
+    # A list says which formats are read; some of PIL's others hold programs.
+    "program.jpg":         (EPS, None, "cannot identify image file", None),
+    "program inside.jpg":  (IPTC, None, "cannot identify image file", None),
+    "camera.jfif":         (jpeg(), None, *UPRIGHT),
+    "targa.tga":           (two_colours("RGB"), {}, "cannot identify image file", None),
 }
 
 

@@ -714,15 +714,26 @@ def check_classes(known: list, classes: list[str], path: str | Path) -> None:
 
 # Images and the order of images ---------------------------------------------------------------------------------------
 
+# The formats of image files, by the extensions of their names. PIL knows others, some of which hold programs, and runs
+# those; and its registry lacks AVIF where it was built without.
+EXTENSIONS = {extension: kind for extension, kind in Image.registered_extensions().items()
+              if kind in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")}
+
+
+def open_image(path: str | Path, extensions: Iterable[str] = EXTENSIONS) -> Image.Image:
+    """PIL's image of a file in one of the formats of `extensions`, whatever the file's own name says."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is a folder, a pipe or a device; expected a file")
+    return Image.open(path, formats=[EXTENSIONS[extension] for extension in extensions])
+
+
 def read_image(path: str | Path) -> Image.Image:
     """An image file as RGB, as a viewer shows it: upright, the first frame, transparent parts on white, 16 bits cut
     to 8. UserError, with its path and the reason, if it cannot be read or has more pixels than PIL allows."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images below the limit, and of odd metadata
-            with Image.open(path) as image:
-                if image.format == "EPS":
-                    raise ValueError("PostScript is a program, which would be run")
+            with open_image(path) as image:
                 image.load()
                 kind = image.format
                 with contextlib.suppress(Exception):  # damaged EXIF data: the picture is as good as before
