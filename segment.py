@@ -290,12 +290,14 @@ def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Mod
     state dict), args.zero_is_ignore and the like are set where the command line did not."""
     weights = common.open_checkpoint(args, short_side=512, crop_size=512, mean=MEAN, std=STD, classes=None,
                                      zero_is_ignore=True, ignore_label=IGNORE)
-    try:
-        shapes = [weights[f"{name}.weight"].shape for name in
-                  ("decode_head.conv_seg", "decode_head.bottleneck.0", "auxiliary_head.convs.0.0")]
-    except KeyError as error:
-        raise UserError(f"{args.weights} has no {error.args[0]}; expected a checkpoint of segment.py") from None
-    model = visiongru.UPerNet(MODELS[args.model](), *(shape[0] for shape in shapes))
+    sizes = []  # classes, channels, auxiliary channels
+    for name in "decode_head.conv_seg.weight", "decode_head.bottleneck.0.weight", "auxiliary_head.convs.0.0.weight":
+        if weights.get(name, torch.empty(0)).dim() != 4 or not len(weights[name]):
+            raise UserError(f"{args.weights} has no {name}; expected a checkpoint of segment.py")
+        sizes.append(len(weights[name]))
+    if sizes[0] >= IGNORE:
+        raise UserError(f"{args.weights} has {sizes[0]} classes; expected at most {IGNORE - 1}: label maps have 8 bits")
+    model = visiongru.UPerNet(MODELS[args.model](), *sizes)
     common.load_weights(model, weights, args.weights)
     model.to(device, memory_format=torch.channels_last)
     return model.eval(), common.normalizer(device, args.mean, args.std)

@@ -1687,6 +1687,20 @@ def flipped(data, place):
 DAMAGED = 3 * ["not written by torch.save, or it is damaged"]
 CODE = 3 * ["holds Python objects, and loading those executes code.*keep its tensors"]
 NONE = 3 * ["is neither a checkpoint of these scripts nor a state dict"]
+DENSE, FINITE = 3 * ["expected a dense tensor"], 3 * ["head.weight is not a dense tensor of finite floating-point"]
+SHORT = {"step": torch.ones(()), "exp_avg": torch.zeros(7), "exp_avg_sq": torch.zeros(7)}
+NESTED = functools.reduce(lambda inner, _: [inner, inner], range(60), [])  # whose text would fill any memory
+
+
+def configured(**entries):
+    return lambda data, c: saved({**c, "config": c["config"] | entries})
+
+
+def with_head(change):
+    return lambda data, c: saved({**c, "better": "ema",
+                                  "ema": c["ema"] | {"head.weight": change(c["ema"]["head.weight"])}})
+
+
 # What is made of the bytes and of the contents of a good checkpoint, and why it is then refused with --resume, with
 # --weights for training, and with --weights for predicting; None: it is used.
 CHECKPOINTS = {
@@ -1701,13 +1715,34 @@ CHECKPOINTS = {
     "another model":     (lambda data, c: saved({**c, "model": VisionGRU(3, **SMALL).state_dict(), "better": "model"}),
                           ["does not fit: .* in loading state_dict", *2 * ["do not fit this VisionGRU"]]),
     "another optimizer": (lambda data, c: saved({**c, "optimizer": {"state": {}, "param_groups": []}}),
-                          ["does not fit: .*loaded state dict has a different number of param", None, None]),
+                          ["does not fit: .*its optimizer knows 0 parameters of 120", None, None]),
+    "short moments":     (lambda data, c: saved({**c, "optimizer": {"state": dict.fromkeys(range(120), SHORT)}}),
+                          ["does not fit: .*exp_avg of parameter 0 is torch.float32 .7,.; expected", None, None]),
     "no log":            (lambda data, c: saved({key: c[key] for key in c if key != "log"}),
                           ["does not fit: KeyError: 'log'", None, None]),
     "no settings":       (lambda data, c: saved({**c, "config": {}}), ["KeyError: 'classes'", None, None]),
     "strange settings":  (lambda data, c: saved({**c, "config": 7}), NONE),
     "an unknown model":  (lambda data, c: saved({**c, "config": {**c["config"], "model": "vast"}}),
                           ["model was vast and is now nano", None, "a model called 'vast'; expected one of nano"]),
+    "a size in words":   (configured(img_size="x"), 3 * ["img_size is x; expected a whole number from 32"]),
+    "a size below 0":    (configured(img_size=-5), 3 * ["img_size is -5; expected a whole number from 32"]),
+    "no size":           (configured(val_resize=None), 3 * ["val_resize is None; expected a whole number from 32"]),
+    "two means":         (configured(mean=[0.5, 0.5]), 3 * ["mean is .*; expected three numbers"]),
+    "no deviation":      (configured(std=[1, 1, 0]), 3 * ["std is .*; expected three numbers above 0"]),
+    "three classes":     (configured(classes=3), 3 * ["classes is 3; expected a list of different names"]),
+    "equal classes":     (configured(classes=["a", "a"]), 3 * ["classes is .*; expected a list of different names"]),
+    "two classes":       (configured(classes=["a", "b"]), ["trained on 2 classes", None, "for each of its 2 class"]),
+    "nested classes":    (configured(classes=NESTED), 3 * ["classes is .*; expected a list of different names"]),
+    "nested seed":       (configured(seed=NESTED), ["seed was .* and is now 0", None, None]),
+    "nested log":        (lambda data, c: saved({**c, "log": [{"top1": NESTED}]}), 3 * ["log is .*; expected a list"]),
+    "nested names":      (lambda data, c: saved({"model": c["model"], "better": NESTED}), 3 * ["better is .*; exp"]),
+    "a head of no size": (with_head(lambda head: head[0, 0]), [*2 * ["head.weight"], r"classifier has the shape \(\)"]),
+    "a head of NaN":     (with_head(lambda head: head * math.nan), FINITE),
+    "a whole head":      (with_head(lambda head: head.long()), FINITE),
+    "a sparse head":     (with_head(lambda head: head.to_sparse()), DENSE),
+    "no head":           (with_head(lambda head: head.to("meta")), DENSE),
+    "an 8-bit head":     (with_head(lambda head: head.to(torch.float8_e5m2)), DENSE),
+    "an expanded head":  (with_head(lambda head: head[:1, :1].clone().expand(10**7, 10**6)), DENSE),
     "weights alone":     (lambda data, c: saved(c["model"]), ["only weights; resume a last.pt", None, None]),
 }
 

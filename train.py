@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import random
 import re
+import reprlib
 import signal
 import sys
 import tempfile
@@ -458,17 +459,43 @@ class Run:
             for name, before in checkpoint["config"].items():
                 now = self.config.get(name, before)
                 if now != before and name not in MAY_CHANGE:
-                    raise UserError(f"--resume {path}: {name.replace('_', '-')} was {before} and is now {now}; keep "
-                                    f"it, or start a new run with --weights")
-            for key, part in self.parts.items():
-                if checkpoint[key]:  # without a moving average there is none to restore, and without fp16 no scale
-                    part.load_state_dict(checkpoint[key])
+                    raise UserError(f"--resume {path}: {name.replace('_', '-')} was {shown(before)} and is now {now}; "
+                                    f"keep it, or start a new run with --weights")
+            self.restore_parts(checkpoint)
             for key in STATE:
                 setattr(self, key, checkpoint[key])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"--resume {path}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
         if not (self.out / "best.pt").exists():  # the run continues in another folder, which has no best.pt yet
             self.best = -1.0
+
+    def restore_parts(self, checkpoint: dict) -> None:
+        """Take the weights, the optimizer's moments, the step and, in fp16, the scale. All else, such as the learning
+        rate of that step, follows from the options."""
+        for key in ("model", "ema") if self.ema else ("model",):
+            self.parts[key].load_state_dict(visiongru.extract_state_dict(checkpoint[key]))
+        step, moments = checkpoint["scheduler"]["last_epoch"], checkpoint["optimizer"]["state"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]] if step or moments else []
+        if len(moments) != len(parameters) or checkpoint["validated"] > step:
+            raise ValueError(f"its optimizer knows {len(moments)} parameters of {len(parameters)}, and at step {step} "
+                             f"its last validation is that of step {checkpoint['validated']}")
+        state = {i: {} for i in range(len(parameters))}
+        for i, p in enumerate(parameters):  # the fused AdamW would read and write beyond a moment that is too small
+            for key, ours in ("step", torch.zeros(())), ("exp_avg", p), ("exp_avg_sq", p):
+                found = moments[i][key]
+                if found.shape != ours.shape or found.dtype != ours.dtype or not found.isfinite().all():
+                    raise ValueError(f"{key} of parameter {i} is {found.dtype} {tuple(found.shape)}; expected finite "
+                                     f"{ours.dtype} {tuple(ours.shape)}")
+                state[i][key] = torch.empty_like(ours).copy_(found)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        rates = [base * schedule(step) for base, schedule in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas)]
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | {
+            "last_epoch": step, "_step_count": step + 1, "_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        if self.scaler.is_enabled() and checkpoint["scaler"]:  # there is none without fp16
+            self.scaler.load_state_dict(self.scaler.state_dict() | {
+                key: checkpoint["scaler"][key] for key in ("scale", "_growth_tracker")})
 
     def steps(self, until: int) -> Iterator[int]:
         """Yield for each optimizer step until `until` are taken. In between, read the loss of the step before, show
@@ -637,6 +664,49 @@ def compile_parts(model: nn.Module, log: Callable) -> None:
 STATE = "validated", "loss_sum", "lr", "best", "better", "log"
 BEST = "model", "ema", "better", "best", "step", "config"
 
+
+def is_number(x: object) -> bool:
+    return type(x) in (int, float) and abs(x) < 1e300
+
+
+def are_numbers(x: object, count: int) -> bool:
+    return isinstance(x, list) and len(x) == count and all(map(is_number, x))
+
+
+def are_scores(x: object, depth: int = 2) -> bool:
+    """Of a validation, or of its classes: numbers and None under names."""
+    return isinstance(x, dict) and all(isinstance(name, str) and (
+        value is None or is_number(value) or depth > 1 and are_scores(value, depth - 1)) for name, value in x.items())
+
+
+def is_dense(x: object) -> bool:
+    """Whether a tensor has memory for each of its numbers (otherwise one in a small file can be of any size), which
+    must be of a type with arithmetic: floats of 8 bits have none."""
+    return not isinstance(x, Tensor) or (x.layout == torch.strided and not x.is_nested and not x.is_meta
+                                         and x.untyped_storage().nbytes() >= x.numel() * x.itemsize
+                                         and (x.itemsize > 1 or not x.is_floating_point()))
+
+
+def whole(least: int, most: int) -> tuple[str, Callable]:
+    return f"a whole number from {least} to {most}", lambda x: type(x) is int and least <= x <= most
+
+
+# What entries of a checkpoint, its config and its parts must be: words for a message, and a test.
+ENTRIES = {
+    **dict.fromkeys(("step", "validated", "last_epoch", "_growth_tracker"), whole(0, 2**31 - 1)),
+    **dict.fromkeys(("img_size", "val_resize", "short_side", "crop_size"), whole(32, 2**15)),
+    **dict.fromkeys(("channels", "aux_channels"), whole(1, 2**15)), "ignore_label": whole(-2**31, 2**31 - 1),
+    **dict.fromkeys(("loss_sum", "lr", "best"), ("a finite number", is_number)),
+    "scale": ("above 0", lambda x: (is_number(x) or are_numbers(x, 2)) and 0 < torch.tensor(x).min() < math.inf),
+    "log": ("a list of scores", lambda x: isinstance(x, list) and all(map(are_scores, x))),
+    "better": ("'model' or 'ema'", lambda x: isinstance(x, str) and x in ("model", "ema")),
+    "mean": ("three numbers", lambda x: are_numbers(x, 3)),
+    "std": ("three numbers above 0", lambda x: are_numbers(x, 3) and min(x) > 0),
+    "zero_is_ignore": ("true or false", lambda x: isinstance(x, bool)),
+    "classes": ("a list of different names", lambda x: isinstance(x, list) and all(
+        isinstance(name, str) for name in x) and 0 < len(set(x)) == len(x)),
+}
+
 # Options that a resumed run may change.
 MAY_CHANGE = {"data", "out", "resume", "weights", "backbone_weights", "device", "workers", "save_every", "compile",
               "grad_checkpointing", "grad_accum_steps", "amp", "epochs", "iters", "warmup_epochs", "warmup_iters",
@@ -644,7 +714,8 @@ MAY_CHANGE = {"data", "out", "resume", "weights", "backbone_weights", "device", 
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The contents of a checkpoint file; no code in it is run. UserError if it is not a checkpoint, or damaged."""
+    """The contents of a checkpoint file; no code in it is run. UserError if it is not a checkpoint, or damaged, or if
+    an entry is not as in ENTRIES. (`visiongru.extract_state_dict` asks that the weights are finite.)"""
     try:
         checkpoint = visiongru.read_checkpoint(path)
     except OSError as error:
@@ -653,7 +724,19 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"cannot use the checkpoint {path}: {error}") from None
     if not isinstance(checkpoint, dict) or not isinstance(config_of(checkpoint), dict):
         raise UserError(f"{path} is neither a checkpoint of these scripts nor a state dict")
+    rules = ENTRIES if config_of(checkpoint) else {"better": ENTRIES["better"]}  # other people's entries differ
+    for part in (part for part in (checkpoint, *checkpoint.values()) if isinstance(part, dict)):
+        for name, value in part.items():
+            expected, is_sound = rules.get(name, ("a dense tensor", is_dense))
+            if not is_sound(value):
+                raise UserError(f"cannot use the checkpoint {path}: {shown(name)} is {shown(value)}; expected "
+                                f"{expected}")
     return checkpoint
+
+
+def shown(value: object) -> str:
+    """A value from a file for a message. The whole text of nested lists in a small file can fill the memory."""
+    return (value if isinstance(value, str) else reprlib.repr(value))[:200]
 
 
 def config_of(checkpoint: dict) -> dict:
@@ -677,12 +760,18 @@ def open_checkpoint(args: Namespace, **defaults) -> dict:
     checkpoint = load_checkpoint(args.weights)
     for name, default in {"model": "tiny", **defaults}.items():
         if vars(args).get(name) is None:
-            setattr(args, name, config_of(checkpoint).get(name, default))
+            known = config_of(checkpoint).get(name)
+            setattr(args, name, default if known is None else known)
     check_model(args.model, args.weights)
     try:
-        return visiongru.extract_state_dict(checkpoint)
+        weights = visiongru.extract_state_dict(checkpoint)
     except ValueError as error:
         raise UserError(f"{args.weights}: {error}") from None
+    head = weights.get("decode_head.conv_seg.weight", weights.get("head.weight"))
+    if head is not None and (head.dim() < 2 or not 0 < len(head) == len(args.classes or head)):
+        raise UserError(f"{args.weights}: its classifier has the shape {tuple(head.shape)}; expected a row for each of "
+                        f"its {len(args.classes or [])} class names")
+    return weights
 
 
 def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Callable = print) -> None:
@@ -699,7 +788,7 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Call
 
 def check_model(name: object, path: str | Path) -> None:
     if name not in list(MODELS):
-        raise UserError(f"{path} has a model called {name!r}; expected one of {', '.join(MODELS)}")
+        raise UserError(f"{path} has a model called {shown(name)!r}; expected one of {', '.join(MODELS)}")
 
 
 def check_classes(known: list, classes: list[str], path: str | Path) -> None:
@@ -1000,7 +1089,7 @@ def two(argument: dict) -> dict:
     return argument | {"nargs": 2}
 
 
-TEXT = {"type": str}
+TEXT = number(str, bool, "some text (is a variable not set?)")
 FLAG = {"action": argparse.BooleanOptionalAction}
 COUNT = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1")
 COUNT_OR_NONE = number(int, lambda n: 0 <= n < 2**31, "a whole number of at least 0")
