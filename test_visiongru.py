@@ -766,6 +766,12 @@ ADE20K = b"Idx\tRatio\tTrain\tVal\tName\n1\t0.16\t9\t1\twall\n2\t0.11\t8\t1\tbui
     (lambda root: (root / LABELS).rename(root / LABELS.replace("png", "jpg")), THREE,  # in a JPEG labels are blurred
      "a.jpg has no label map a.png in .*annotations/training$"),
     (lambda root: (root / LABELS).write_bytes(b"none"), THREE, "cannot read the label map .*a.png"),
+    # Of these PIL's numbers are others than the file's.
+    (lambda root: (root / LABELS).write_bytes(header(4, 1, 2, 0, b"\0\x1b")), THREE, "a.png: PIL changes .*L;2"),
+    (lambda root: (root / LABELS).write_bytes(b"P5 4 1 3\n\0\1\2\3"), THREE, "a.png: PIL changes numbers .*ppm"),
+    (lambda root: Image.new("F", (4, 2), 1.9).save(root / LABELS, "TIFF"), THREE, "a.png: PIL changes .*F;32F"),
+    (lambda root: Image.new("L", (16, 9)).save(root / LABELS, "TIFF", compression="jpeg"), THREE, "a.png: PIL changes"),
+    (lambda root: shutil.copy(root / IMAGE, root / "images/training/a.webp"), THREE, "a.jpg and .*a.webp differ"),
     (lambda root: Image.new("L", (5, 2)).save(root / IMAGE), THREE, "a.png is 4 x 2 pixels and .*a.jpg 5 x 2"),
     (files(), "", "how many classes are there"),
     (files(), "--num-classes 2", ["label 1", "label 2"]),
@@ -783,6 +789,17 @@ def test_labels_and_class_names_are_read_by_the_rule_asked_for_or_the_fault_is_n
         data, = segment.open_data(args, ["training"])
         names = isinstance(expected, list) and isinstance(expected[0], str)
         assert (data.classes if names else data[0][1].tolist()) == expected
+
+
+@pytest.mark.parametrize("rows, words, found", [
+    ([[0, 255]], "--num-classes 2", "no class"), ([[0, 255]], "--num-classes 2 --no-zero-is-ignore", "only 'label 0'"),
+    ([[0, 1]], "--num-classes 2", "only 'label 1'")])
+def test_labels_of_fewer_than_two_classes_are_refused_before_training(rows, words, found, tmp_path):
+    for split in "training", "validation":
+        write_labelled(tmp_path, split, "a", rows)
+    with pytest.raises(train.UserError, match=f"show {found} beside what is ignored: .*--no-zero-is-ignore"):
+        segment.main([*seg_arguments(tmp_path, tmp_path / "run"), *words.split()])
+    assert not (tmp_path / "run").exists()
 
 
 def crops(mask, factor, count, *more):
@@ -1105,8 +1122,9 @@ def test_a_line_per_epoch_tells_an_accelerators_memory_and_the_share_of_its_arit
 # The user's mistakes --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("train_classes, val_classes, message", [
-    ({}, {}, "data: expected {train,val}/<class>/<images> in it: Couldn't find any class folder"),
-    ({"a": 4, "b": 0}, {"a": 1, "b": 1}, "no valid file for the classes b"),
+    ({}, {}, "data: expected {train,val}/<class>/<images> in it: there are no images in train"),
+    ({"a": 4, "b": 0}, {"a": 1, "b": 1}, "there are no images in b"),
+    ({"train": 9}, {"train": 9}, "train is the only class, and nothing is learned from one; do the classes'"),
     ({"a": 9, "b": 9}, {"a": 1, "c": 1}, "different classes; in one of them only: b, c"),
     ({"a": 9, "b": 9}, {"a": 0, "b": 0}, "there are no images in val"),
 ])
@@ -1118,6 +1136,44 @@ def test_folders_that_cannot_be_trained_on(train_classes, val_classes, message, 
     with pytest.raises(train.UserError, match=r"expected \{train,val\}/<class>/<images> in it: .*data/train"):
         train.main(arguments(data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_leave_out(tmp_path, capsys):
+    root = picture_folder(tmp_path, dict(a=2, b=1), dict(a=1, b=1)) / "train"
+    for name, target in ("self", "."), ("same", "."), ("up", "../.."), ("c.png", "0.png"), ("../b/a", "../a"):
+        (root / "a" / name).symlink_to(target)
+    for name in "a/.hidden.png", ".ipynb_checkpoints/d.png", "a/camera.jfif", "b/deep/a.gif", "loose.png", "a/text.txt":
+        (root / name).parent.mkdir(exist_ok=True)
+        two_colours("RGB").save(root / name, "PNG")
+    args = train.parse_arguments(["--data", str(tmp_path)])
+    images = [(str(Path(path).relative_to(root)), label) for path, label in train.open_data(args, ["train"])[0].samples]
+    assert images == [("a/0.png", 0), ("a/1.png", 0), ("a/camera.jfif", 0), ("b/0.png", 1), ("b/deep/a.gif", 1)]
+    assert re.fullmatch("note: 1 .*a/text.txt\nnote: 1 .*/loose.png\n", capsys.readouterr().out)
+    for make in os.mkfifo, lambda path: path.symlink_to("absent"):
+        make(root / "a" / "x.png")
+        with pytest.raises(train.UserError, match="a/x.png is a pipe, a device or a link to nothing; expected a file"):
+            train.open_data(args, ["train"])
+        with pytest.raises(train.UserError, match="cannot read the image .*a/x.png: "):
+            train.read_image(root / "a" / "x.png")
+        (root / "a" / "x.png").unlink()
+
+
+def test_options_that_let_a_run_learn_little_are_noted_before_training(pictures, micro, tmp_path, capsys):
+    assert train.main(arguments(pictures, tmp_path / "run", "--batch-size", 64, "--epochs", 1)) == 0
+    assert re.match("note: an epoch is one step, which has each of the 51 training images 1.3 times: a lower --batch-"
+                    r".*\nnote: --lr is 1.00e-03, and no step of this run of 1 has more than 0.00e\+00: a shorter warm",
+                    capsys.readouterr().out)
+
+
+def test_names_of_files_and_classes_are_escaped_for_the_terminal_and_quoted_for_the_shell(micro, tmp_path, capsys):
+    evil, folder = "a\x1b]0;b\x07\x1b[2J\n\u202e", tmp_path / "b ;$(touch c)'d"
+    data, out = picture_folder(folder / "data", {evil: 8, "b": 8}, {evil: 1, "b": 1}), folder / "run"
+    assert train.main(arguments(data, out, "--epochs", 1)) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:5] == ["python", "train.py", "--eval", "--weights", str(out / "best.pt")]
+    assert train.main(["--predict", f"{data}/val/{evil}/0.png", evil, "--weights", command[4], "--device", "cpu"]) == 2
+    printed = "".join(capsys.readouterr())
+    assert not re.search("[\x07\x1b\u202e]", printed) and printed.count(r"a\x1b]0;b\x07\x1b[2J\n\u202e") == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -1550,12 +1606,12 @@ def jpeg(**options):
     return file.getvalue()
 
 
-def header(width, height):
-    """A PNG file that is nothing but its beginning."""
+def header(width, height, bits=8, kind=2, rows=b""):
+    """A PNG file that is nothing but its beginning, or has these rows."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
@@ -1602,6 +1658,7 @@ IMAGES = {
     "one pixel.png":       (Image.new("RGB", (1, 1), "red"), {}, (1, 1), {(0, 0): RED}),
     "long.png":            (two_colours("RGB", (5000, 8)), {}, (5000, 8), {(4999, 0): RED, (0, 7): BLUE}),
     "tall.png":            (two_colours("RGB", (2, 60_000)), {}, (2, 60_000), {(0, 9): RED, (1, 59_999): BLUE}),
+    "line.jpg":            (Image.new("RGB", (65_500, 1), "red"), {}, (65_500, 1), {(9, 0): RED}),
     "huge.png":            (header(60_000, 60_000), None, r"3600000000 pixels\) exceeds limit", None),
     "empty.jpg":           (b"", None, "cannot identify image file", None),
     "text.jpg":            (b"a holiday picture\n" * 9, None, "cannot identify image file", None),
@@ -1822,6 +1879,25 @@ def test_resume_in_another_folder_in_fp16_skips_gradients_that_overflow(finished
     assert not torch.equal(after["model"]["head.weight"], before["model"]["head.weight"])
     assert all(value.isfinite().all() for value in [*after["model"].values(), *after["ema"].values()])
     assert len(history(tmp_path / "to")) == 4 and (tmp_path / "to" / "best.pt").exists()
+
+
+@both_scripts
+def test_finite_logits_or_no_class_is_named(either, pictures, tmp_path, monkeypatch, capsys):
+    module, words, alone = either
+    name, number = ("head.weight", 3e38) if module is train else ("decode_head.bottleneck.1.running_var", -1)
+    checkpoint, bad = train.load_checkpoint(alone / "best.pt"), tmp_path / "bad.pt"
+    for state in filter(None, (checkpoint["model"], checkpoint["ema"])):
+        state[name].fill_(number)
+    torch.save(checkpoint, bad)
+    with pytest.raises(train.UserError, match="the validation images: the model's output is not finite"):
+        module.main(["--eval", "--data", words("")[1], "--weights", str(bad), "--device", "cpu"])
+    images = [str(pictures / "val/ant" / f"{i}.png") for i in range(3)]
+    read = train.read_image
+    monkeypatch.setattr(train, "read_image", lambda path: bytes(2**62) if path == images[1] else read(path))
+    more = ["--out", str(tmp_path)] if module is segment else []
+    assert module.main(["--predict", *images, "--weights", str(bad), "--device", "cpu", *more]) == 2
+    err = capsys.readouterr().err
+    assert err.count("is not finite") == 2 and f"{images[1]}: out of memory" in err and not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("more, unsound, reason", [

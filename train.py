@@ -30,6 +30,7 @@ import os
 import random
 import re
 import reprlib
+import shlex
 import signal
 import sys
 import tempfile
@@ -56,7 +57,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -75,12 +75,15 @@ def train(args: Namespace, distributed: Distributed) -> None:
     device, world_size = distributed.device, distributed.world_size
 
     # Data
-    train_data, val_data = open_data(args, ("train", "val"))
+    train_data, val_data = open_data(args, ("train", "val"), distributed.print)
     train_data.transform, val_data.transform = train_transform(args), eval_transform(args.img_size, args.val_resize)
     num_classes, mixes = len(train_data.classes), bool(args.mixup or args.cutmix)
     micro_batch_size = split_batch(args, world_size, multiple=2 if mixes else 1)  # images are mixed in pairs
     steps_per_epoch = max(1, len(train_data) // args.batch_size)
     total_steps = args.epochs * steps_per_epoch
+    if len(train_data) < args.batch_size:
+        distributed.print(f"note: an epoch is one step, which has each of the {len(train_data)} training images "
+                          f"{args.batch_size / len(train_data):.1f} times: a lower --batch-size makes it several")
 
     # Model, moving average, optimizer, learning rate
     torch.manual_seed(args.seed)
@@ -98,6 +101,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
     # The run: first its state, new or resumed, then what wraps the model
     run = Run(args, distributed, train_data, total_steps, model=model, ema=ema, optimizer=optimizer,
               scheduler=scheduler)
+    check_schedule(scheduler, total_steps, distributed.print)
     run.start_or_resume()
     install_signal_handlers(distributed)
     if compiles(args, device):
@@ -125,7 +129,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
         run.record({"epoch": epoch + 1, **scores["model"], **ema_scores},
                    f"epoch {epoch + 1:3d}/{args.epochs}  {text}", scores[better]["top1"], better)
     distributed.print(f"done: {run.out / 'best.pt'} has top-1 {run.best:.2f} %. To evaluate it:\n  python train.py "
-                      f"--eval --weights {run.out / 'best.pt'}" + (f" --data {args.data}" if args.data else ""))
+                      f"--eval {run.to_evaluate()}")
 
 
 def train_step(run: Run, ddp_model: nn.Module, batches: Iterator, loss_fn: Callable) -> None:
@@ -172,6 +176,14 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
 
+def check_schedule(scheduler: LambdaLR, total_steps: int, log: Callable) -> None:
+    """A note if a run ends before its warm-up has come half-way, or is to learn nothing."""
+    base, highest = scheduler.base_lrs[0], max(map(scheduler.lr_lambdas[0], range(total_steps)))
+    if highest < 0.5 or not base:
+        log(f"note: --lr is {base:.2e}, and no step of this run of {total_steps} has more than {highest * base:.2e}: "
+            f"a shorter warm-up, more steps or another --lr let it learn")
+
+
 # Evaluation and prediction --------------------------------------------------------------------------------------------
 
 @torch.compiler.set_stance("force_eager")  # --compile is for training: here images may have any size
@@ -200,6 +212,7 @@ def evaluate(models: dict[str, nn.Module], loader: Iterable, distributed: Distri
     totals = [torch.stack(batches).to("cpu").double().sum(0) for batches in sums.values()]  # the first wait for a GPU
     *totals, count = distributed.all_reduce([*torch.cat(totals).tolist(), count])
     distributed.raise_if_stopped()
+    check_finite(torch.tensor(totals), "the validation images")
     return {name: {"val_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
             for name, loss, top1, top5 in zip(models, totals[::3], totals[1::3], totals[2::3])}
 
@@ -207,7 +220,7 @@ def evaluate(models: dict[str, nn.Module], loader: Iterable, distributed: Distri
 def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
     """Print the accuracy of the checkpoint --weights on the validation images."""
     model, normalize = model_from_checkpoint(args, distributed.device)
-    [data] = open_data(args, ["val"])
+    [data] = open_data(args, ["val"], distributed.print)
     check_classes(args.classes or [None] * model.num_classes, data.classes, args.weights)
     data.transform = eval_transform(args.img_size, args.val_resize)
     loader = validation_loader(data, max(1, args.batch_size // distributed.world_size), args, distributed)
@@ -229,16 +242,17 @@ def predict(args: Namespace, distributed: Distributed) -> int:
     for path in args.predict[distributed.rank::distributed.world_size]:
         try:
             image = transform(read_image(path))[None].to(distributed.device)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            with autocast():
+                logits = model(normalize(image)).float()[0]
+            check_finite(logits, path)
+        except Exception as error:
+            report_image(path, error)
             unread += 1
             continue
-        with autocast():
-            probabilities = model(normalize(image)).float().softmax(dim=1)[0]
-        top = probabilities.topk(min(5, len(probabilities)))
-        print(path)
+        top = logits.softmax(dim=0).topk(min(5, len(logits)))
+        print(printable(path))
         for p, k in zip(top.values.tolist(), top.indices.tolist()):
-            print(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}")
+            print(printable(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}"))
     [unread] = distributed.all_reduce([unread])  # wait for all: torchrun kills the rest when one exits with an error
     return 2 if unread else 0
 
@@ -256,16 +270,43 @@ def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Mod
 
 # Data: images travel as uint8, a quarter of the bytes, and are normalized, erased and mixed on the device -------------
 
-def open_data(args: Namespace, splits: Iterable[str]) -> list[Dataset]:
+class Pictures(Dataset):
+    """ROOT/<class>/<images>, which may lie in folders within, as (PIL image, class)."""
+
+    transform = None
+
+    def __init__(self, root: Path, log: Callable):
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+        labels, paths = {name: label for label, name in enumerate(self.classes)}, find_files(root, EXTENSIONS, log)
+        tops = [path[len(os.path.join(root, "")):].split(os.sep)[0] for path in paths]
+        self.samples = [(path, labels[top]) for path, top in zip(paths, tops) if top in labels]
+        note_left_out([path for path, top in zip(paths, tops) if top not in labels], "no class's folder has them", log)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple:
+        path, label = self.samples[index]
+        image = read_image(path)
+        return (self.transform(image) if self.transform else image), label
+
+
+def open_data(args: Namespace, splits: Iterable[str], log: Callable = print) -> list[Dataset]:
     """The data sets DIR/split/<class>/<images>, or the built-in ones: items (image, class), with the same `classes`."""
     if args.data is None:
         return [Shapes(split, {"train": 14_000, "val": 1_000}[split]) for split in splits]
-    try:  # a class may be empty in val, not in train
-        sets = [ImageFolder(Path(args.data, split), loader=read_image, allow_empty=split == "val") for split in splits]
+    layout = f"--data {args.data}: expected {{train,val}}/<class>/<images> in it"
+    try:
+        sets = [Pictures(Path(args.data, split), log) for split in splits]
     except OSError as error:
-        raise UserError(f"--data {args.data}: expected {{train,val}}/<class>/<images> in it: {error}") from None
-    if not all(data.samples for data in sets):
-        raise UserError(f"--data {args.data}: there are no images in {splits[-1]}")
+        raise UserError(f"{layout}: {error}") from None
+    for split, data in zip(splits, sets):
+        empty = {*data.classes} - {data.classes[label] for _, label in data.samples}
+        if not data.samples or split == "train" and empty:  # in val a class may be empty
+            raise UserError(f"{layout}: there are no images in {', '.join(sorted(empty if data.samples else [split]))}")
+        if split == "train" and len(data.classes) == 1:
+            raise UserError(f"{layout}: {data.classes[0]} is the only class, and nothing is learned from one; do the "
+                            f"classes' folders lie in it?")
     if sets[0].classes != sets[-1].classes:
         raise UserError(f"--data {args.data}: train and val have different classes; in one of them only: "
                         f"{', '.join(sorted({*sets[0].classes} ^ {*sets[-1].classes}))}")
@@ -274,7 +315,16 @@ def open_data(args: Namespace, splits: Iterable[str]) -> list[Dataset]:
 
 def eval_transform(img_size: int, val_resize: int) -> Callable:
     """Shorter side to `val_resize` pixels, then the central square: PIL image -> (3, img_size, img_size) uint8."""
-    return v2.Compose([v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size), v2.PILToTensor()])
+    return v2.Compose([resized_center(img_size, val_resize), v2.PILToTensor()])
+
+
+def resized_center(img_size: int, val_resize: int) -> Callable:
+    return v2.Compose([center_of_long, v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size)])
+
+
+def center_of_long(image: Image.Image) -> Image.Image:
+    """At most four times as long as wide, around the center: a line of pixels, resized whole, would fill the memory."""
+    return v2.functional.center_crop(image, [min(side, 4 * min(image.size)) for side in (image.height, image.width)])
 
 
 def train_transform(args: Namespace) -> Callable:
@@ -282,7 +332,7 @@ def train_transform(args: Namespace) -> Callable:
     if args.crop_scale < 1:
         crop = v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))
     else:
-        crop = v2.Compose([v2.Resize(max(args.img_size, args.val_resize)), v2.CenterCrop(args.img_size)])
+        crop = resized_center(args.img_size, args.val_resize)
     return v2.Compose([crop, v2.RandomHorizontalFlip(args.hflip), v2.RandAugment(*args.randaug), v2.PILToTensor()])
 
 
@@ -593,7 +643,13 @@ class Run:
     def fail(self, reason: str) -> None:
         last = self.out / "last.pt"
         raise UserError(f"{reason}; {last} is unchanged. A lower --lr, a longer warm-up or another --amp may help, in "
-                        f"a new run: choose another --out, and --weights {last} to start from the last weights saved")
+                        f"a new run: choose another --out, and --weights {shlex.quote(str(last))} to start from the "
+                        f"last weights saved")
+
+    def to_evaluate(self) -> str:
+        """Options for a shell, to evaluate the run's best weights."""
+        words = ["--weights", str(self.out / "best.pt"), *(["--data", self.args.data] if self.args.data else [])]
+        return shlex.join(words)
 
 
 def accelerator_usage(run: Run) -> dict[str, float]:
@@ -795,7 +851,7 @@ def check_classes(known: list, classes: list[str], path: str | Path) -> None:
     """UserError if `known`, the classes of the checkpoint at `path` (None: any name), are not the data's `classes`."""
     if len(known) != len(classes):
         raise UserError(f"{path} was trained on {len(known)} classes and the data has {len(classes)}; to "
-                        f"fine-tune on other classes, train with --weights {path}")
+                        f"fine-tune on other classes, train with --weights {shlex.quote(str(path))}")
     for ours, theirs in zip(known, classes):
         if ours not in (None, theirs):
             raise UserError(f"{path} was trained on other classes than the data's: {ours!r} where it has {theirs!r}")
@@ -814,6 +870,45 @@ def open_image(path: str | Path, extensions: Iterable[str] = EXTENSIONS) -> Imag
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is a folder, a pipe or a device; expected a file")
     return Image.open(path, formats=[EXTENSIONS[extension] for extension in extensions])
+
+
+def find_files(folder: str | Path, extensions: Iterable[str], log: Callable) -> list[str]:
+    """The files below a folder whose names have one of the extensions, in order; each once, whatever links lead to it.
+    Hidden ones are left out and, with a note, those with another extension. UserError for what is no regular file."""
+    found, others, links = [], [], []
+    seen = {*map(str, Path(os.path.realpath(folder)).parents)}  # a link to one of them leads back here
+
+    def search(folder: str, real: str) -> None:
+        seen.add(real)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.is_symlink():
+                links.append(entry)
+            else:
+                visit(entry, os.path.join(real, entry.name))
+
+    def visit(entry: os.DirEntry, real: str) -> None:
+        if entry.name[0] == "." or real in seen:
+            return
+        if entry.is_dir():
+            return search(entry.path, real)
+        seen.add(real)
+        if Path(entry.name).suffix.lower() not in extensions:
+            others.append(entry.path)
+        elif entry.is_file():
+            found.append(entry.path)
+        else:
+            raise UserError(f"{entry.path} is a pipe, a device or a link to nothing; expected a file")
+    search(os.fspath(folder), os.path.realpath(folder))
+    for link in links:  # after all that is reached without; links in the folders that they lead to are appended
+        visit(link, os.path.realpath(link.path))
+    note_left_out(others, "their extensions are not among those that are read", log)
+    return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def note_left_out(paths: list, reason: str, log: Callable) -> None:
+    if paths:
+        more = f" and {len(paths) - 3} more" * (len(paths) > 3)
+        log(f"note: {len(paths)} files are left out, since {reason}: {', '.join(map(str, paths[:3]))}{more}")
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -975,7 +1070,7 @@ class Distributed:
         """Print, on rank 0 alone."""
         try:
             if self.rank == 0:
-                print(text, flush=True)
+                say(text)
         except OSError:  # the terminal, or the program that reads this, is gone: the run goes on without
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -1190,6 +1285,31 @@ class UserError(Exception):
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
+def check_finite(logits: Tensor, source: str | Path) -> None:
+    if not logits.isfinite().all():
+        raise UserError(f"{source}: the model's output is not finite, and no class is the best; another --amp may help")
+
+
+def report_image(path: str | Path, error: Exception) -> None:
+    """Print why one of several images was not predicted. Raises `error` again if the others would meet it too."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        error = UserError(f"{path}: out of memory")
+    if not isinstance(error, UserError):
+        raise error
+    with tqdm.external_write_mode(sys.stderr):
+        say(f"error: {error}", sys.stderr)
+
+
+def printable(text: object) -> str:
+    """A line of text with the characters escaped that a terminal obeys. (Names come from anywhere.)"""
+    return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+                  lambda character: character[0].encode("unicode_escape").decode(), str(text))
+
+
+def say(text: object, file: object = None) -> None:
+    print("\n".join(map(printable, str(text).split("\n"))), file=file, flush=True)
+
+
 def run_main(main: Callable) -> None:
     """Run main() and exit with its status; with 2, and a line without a traceback, for what the user can put right
     and if memory runs out; with 130 for Ctrl-C while there is nothing to save."""
@@ -1226,7 +1346,7 @@ def report_error(error: BaseException) -> int:
         reason = (message.splitlines() or [type(error).__name__])[0]
         message = (f"{reason}: out of memory? More --grad-accum-steps, --grad-checkpointing, fewer --workers, smaller "
                    f"images or batches need less")
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", sys.stderr)
     return 2
 
 
