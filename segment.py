@@ -20,6 +20,7 @@ from __future__ import annotations
 import colorsys
 import contextlib
 import math
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -109,7 +110,8 @@ def train(args: Namespace, distributed: Distributed) -> None:
                               f"start again with --no-zero-is-ignore")
         run.record(result, f"step {run.step:6d}/{args.iters}  {summary(result)}", result["miou"])
     distributed.print(f"{score_table(run.log[-1])}\ndone: {run.out / 'best.pt'} has mIoU {run.best:.2f}. To evaluate "
-                      f"it:\n  python segment.py --eval {run.to_evaluate()}" + " --slide" * args.slide)
+                      f"it:\n  python segment.py --eval --weights {shlex.quote(str(run.out / 'best.pt'))}"
+                      + (f" --data {shlex.quote(args.data)}" if args.data else "") + " --slide" * args.slide)
 
 
 def warmup_linear(step: int, total_steps: int, warmup_steps: int) -> float:

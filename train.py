@@ -129,7 +129,8 @@ def train(args: Namespace, distributed: Distributed) -> None:
         run.record({"epoch": epoch + 1, **scores["model"], **ema_scores},
                    f"epoch {epoch + 1:3d}/{args.epochs}  {text}", scores[better]["top1"], better)
     distributed.print(f"done: {run.out / 'best.pt'} has top-1 {run.best:.2f} %. To evaluate it:\n  python train.py "
-                      f"--eval {run.to_evaluate()}")
+                      f"--eval --weights {shlex.quote(str(run.out / 'best.pt'))}"
+                      + (f" --data {shlex.quote(args.data)}" if args.data else ""))
 
 
 def train_step(run: Run, ddp_model: nn.Module, batches: Iterator, loss_fn: Callable) -> None:
@@ -315,11 +316,7 @@ def open_data(args: Namespace, splits: Iterable[str], log: Callable = print) -> 
 
 def eval_transform(img_size: int, val_resize: int) -> Callable:
     """Shorter side to `val_resize` pixels, then the central square: PIL image -> (3, img_size, img_size) uint8."""
-    return v2.Compose([resized_center(img_size, val_resize), v2.PILToTensor()])
-
-
-def resized_center(img_size: int, val_resize: int) -> Callable:
-    return v2.Compose([center_of_long, v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size)])
+    return v2.Compose([center_of_long, v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size), v2.PILToTensor()])
 
 
 def center_of_long(image: Image.Image) -> Image.Image:
@@ -332,7 +329,8 @@ def train_transform(args: Namespace) -> Callable:
     if args.crop_scale < 1:
         crop = v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))
     else:
-        crop = resized_center(args.img_size, args.val_resize)
+        side = max(args.img_size, args.val_resize)
+        crop = v2.Compose([center_of_long, v2.Resize(side), v2.CenterCrop(args.img_size)])
     return v2.Compose([crop, v2.RandomHorizontalFlip(args.hflip), v2.RandAugment(*args.randaug), v2.PILToTensor()])
 
 
@@ -533,9 +531,8 @@ class Run:
         for i, p in enumerate(parameters):  # the fused AdamW would read and write beyond a moment that is too small
             for key, ours in ("step", torch.zeros(())), ("exp_avg", p), ("exp_avg_sq", p):
                 found = moments[i][key]
-                if found.shape != ours.shape or found.dtype != ours.dtype or not found.isfinite().all():
-                    raise ValueError(f"{key} of parameter {i} is {found.dtype} {tuple(found.shape)}; expected finite "
-                                     f"{ours.dtype} {tuple(ours.shape)}")
+                if (found.dtype, found.shape) != (ours.dtype, ours.shape) or not found.isfinite().all():
+                    raise ValueError(f"its {key} of parameter {i} is not finite {ours.dtype} of {tuple(ours.shape)}")
                 state[i][key] = torch.empty_like(ours).copy_(found)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         rates = [base * schedule(step) for base, schedule in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas)]
@@ -646,11 +643,6 @@ class Run:
                         f"a new run: choose another --out, and --weights {shlex.quote(str(last))} to start from the "
                         f"last weights saved")
 
-    def to_evaluate(self) -> str:
-        """Options for a shell, to evaluate the run's best weights."""
-        words = ["--weights", str(self.out / "best.pt"), *(["--data", self.args.data] if self.args.data else [])]
-        return shlex.join(words)
-
 
 def accelerator_usage(run: Run) -> dict[str, float]:
     """The peak of an accelerator's memory in GiB, and the share of its FLOP/s that the model uses (MFU), as far as they
@@ -721,43 +713,38 @@ STATE = "validated", "loss_sum", "lr", "best", "better", "log"
 BEST = "model", "ema", "better", "best", "step", "config"
 
 
-def is_number(x: object) -> bool:
-    return type(x) in (int, float) and abs(x) < 1e300
-
-
-def are_numbers(x: object, count: int) -> bool:
-    return isinstance(x, list) and len(x) == count and all(map(is_number, x))
+def is_number(x: object, least: float = -3e38) -> bool:
+    return type(x) in (int, float) and least < x < 3e38
 
 
 def are_scores(x: object, depth: int = 2) -> bool:
-    """Of a validation, or of its classes: numbers and None under names."""
+    """Of a validation, or of its classes."""
     return isinstance(x, dict) and all(isinstance(name, str) and (
         value is None or is_number(value) or depth > 1 and are_scores(value, depth - 1)) for name, value in x.items())
 
 
-def is_dense(x: object) -> bool:
-    """Whether a tensor has memory for each of its numbers (otherwise one in a small file can be of any size), which
-    must be of a type with arithmetic: floats of 8 bits have none."""
-    return not isinstance(x, Tensor) or (x.layout == torch.strided and not x.is_nested and not x.is_meta
-                                         and x.untyped_storage().nbytes() >= x.numel() * x.itemsize
-                                         and (x.itemsize > 1 or not x.is_floating_point()))
+def is_sound_tensor(x: object) -> bool:
+    """Whether a tensor has memory for each of its numbers, since otherwise one in a small file can be of any size, and
+    a type with arithmetic, which floats of 8 bits are not. True for what is no tensor."""
+    return not isinstance(x, Tensor) or (
+        x.layout == torch.strided and not x.is_nested and not x.is_meta
+        and x.untyped_storage().nbytes() >= x.numel() * x.itemsize and (x.itemsize > 1 or not x.is_floating_point()))
 
 
 def whole(least: int, most: int) -> tuple[str, Callable]:
     return f"a whole number from {least} to {most}", lambda x: type(x) is int and least <= x <= most
 
 
-# What entries of a checkpoint, its config and its parts must be: words for a message, and a test.
-ENTRIES = {
+ENTRIES = {  # of a checkpoint, its config and its parts: what they must be, in words for a message and as a test
     **dict.fromkeys(("step", "validated", "last_epoch", "_growth_tracker"), whole(0, 2**31 - 1)),
     **dict.fromkeys(("img_size", "val_resize", "short_side", "crop_size"), whole(32, 2**15)),
     **dict.fromkeys(("channels", "aux_channels"), whole(1, 2**15)), "ignore_label": whole(-2**31, 2**31 - 1),
     **dict.fromkeys(("loss_sum", "lr", "best"), ("a finite number", is_number)),
-    "scale": ("above 0", lambda x: (is_number(x) or are_numbers(x, 2)) and 0 < torch.tensor(x).min() < math.inf),
+    **dict.fromkeys(("mean", "std"), ("three numbers above 0", lambda x: isinstance(x, list) and len(x) == 3 and all(
+        is_number(y, 0) for y in x))),
+    "scale": ("above 0", lambda x: all(is_number(y, 0) for y in (x if isinstance(x, list) else [x]))),
     "log": ("a list of scores", lambda x: isinstance(x, list) and all(map(are_scores, x))),
     "better": ("'model' or 'ema'", lambda x: isinstance(x, str) and x in ("model", "ema")),
-    "mean": ("three numbers", lambda x: are_numbers(x, 3)),
-    "std": ("three numbers above 0", lambda x: are_numbers(x, 3) and min(x) > 0),
     "zero_is_ignore": ("true or false", lambda x: isinstance(x, bool)),
     "classes": ("a list of different names", lambda x: isinstance(x, list) and all(
         isinstance(name, str) for name in x) and 0 < len(set(x)) == len(x)),
@@ -783,7 +770,7 @@ def load_checkpoint(path: str | Path) -> dict:
     rules = ENTRIES if config_of(checkpoint) else {"better": ENTRIES["better"]}  # other people's entries differ
     for part in (part for part in (checkpoint, *checkpoint.values()) if isinstance(part, dict)):
         for name, value in part.items():
-            expected, is_sound = rules.get(name, ("a dense tensor", is_dense))
+            expected, is_sound = rules.get(name, ("a dense tensor", is_sound_tensor))
             if not is_sound(value):
                 raise UserError(f"cannot use the checkpoint {path}: {shown(name)} is {shown(value)}; expected "
                                 f"{expected}")
@@ -816,8 +803,7 @@ def open_checkpoint(args: Namespace, **defaults) -> dict:
     checkpoint = load_checkpoint(args.weights)
     for name, default in {"model": "tiny", **defaults}.items():
         if vars(args).get(name) is None:
-            known = config_of(checkpoint).get(name)
-            setattr(args, name, default if known is None else known)
+            setattr(args, name, config_of(checkpoint).get(name, default))
     check_model(args.model, args.weights)
     try:
         weights = visiongru.extract_state_dict(checkpoint)
