@@ -28,6 +28,7 @@ import contextlib
 import hashlib
 import math
 import os
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -41,7 +42,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -50,6 +50,9 @@ from train import (AMOUNT, CHECKPOINT_DEFAULTS, COUNT, COUNT_OR_NONE, FLAG, MEAN
                    Distributed, Option, Scenes, UserError, number, two)
 
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".pgm")  # for label maps: JPEG would change the labels
+LOSSY = "jpeg", "webp"  # compressions within TIFF
+# PIL's names for how numbers lie in a file, as far as it hands them over unchanged: of others it makes levels of grey.
+CODINGS = "1", "L", "P", "P;1", "P;2", "P;4", "I;16", "I;16B", "I;16S", "I;16BS", "I;32N", "I;32S", "I;32BS"
 IGNORE = 255  # in the masks of the data sets below: a pixel that is neither learned nor scored
 
 
@@ -60,8 +63,10 @@ def train(args: Namespace, distributed: Distributed) -> None:
     device, world_size = distributed.device, distributed.world_size
 
     # Data
-    train_data, val_data = open_data(args, ("training", "validation"))
+    train_data, val_data = open_data(args, ("training", "validation"), log=distributed.print)
     classes = train_data.classes
+    if args.data and not common.checkpoint_to_resume(args):
+        train_data.check_labels()
     class_weights = balanced_weights(train_data, args.balance).to(device) if args.balance else None
     train_data.transform, val_data.transform = TrainTransform(args), eval_transform(args.short_side)
     sync_batchnorm = world_size > 1 and device.type == "cuda"
@@ -86,6 +91,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
     # The run: first its state, new or resumed, then what wraps the model
     run = common.Run(args, distributed, (train_data, val_data), args.iters, model=model, ema=None, optimizer=optimizer,
                      scheduler=scheduler)
+    common.check_schedule(scheduler, args.iters, distributed.print)
     run.start_or_resume()
     common.install_signal_handlers(distributed)
     if common.compiles(args, device):
@@ -113,8 +119,8 @@ def train(args: Namespace, distributed: Distributed) -> None:
                               f"start again with --no-zero-is-ignore")
         run.record(result, f"step {run.step:6d}/{args.iters}  {summary(result)}", result["miou"])
     distributed.print(f"{score_table(run.log[-1])}\ndone: {run.out / 'best.pt'} has mIoU {run.best:.2f}. To evaluate "
-                      f"it:\n  python segment.py --eval --weights {run.out / 'best.pt'}"
-                      + (f" --data {args.data}" if args.data else "") + " --slide" * args.slide)
+                      f"it:\n  python segment.py --eval --weights {shlex.quote(str(run.out / 'best.pt'))}"
+                      + (f" --data {shlex.quote(args.data)}" if args.data else "") + " --slide" * args.slide)
 
 
 def warmup_linear(step: int, total_steps: int, warmup_steps: int) -> float:
@@ -166,16 +172,21 @@ def evaluate(model: nn.Module, loader: Iterable, distributed: Distributed, norma
     model.eval()
     K = model.num_classes
     counts = torch.zeros(K * K + 1, dtype=torch.int64, device=distributed.device)  # the last: ignored pixels
+    total = torch.zeros(K, device=distributed.device)  # of the logits: finite if they are
     for image, mask in loader:
         if distributed.stop_signal:
             break
         image, mask = (tensor.to(distributed.device, non_blocking=True) for tensor in (image, mask[0]))
         with autocast():
-            predicted = label_map(class_logits(model, normalize(image), window), mask.shape)
+            logits = class_logits(model, normalize(image), window)
+        total += logits.mean(dim=(1, 2))
+        predicted = label_map(logits, mask.shape)
         cell = torch.where(mask == IGNORE, K * K, mask.long() * K + predicted).flatten()
         counts.scatter_add_(0, cell, torch.ones_like(cell))  # bincount would wait for the device
-    confusion = torch.tensor(distributed.all_reduce(counts[:-1].tolist()), dtype=torch.float64).view(K, K)
+    totals = distributed.all_reduce([*counts[:-1].tolist(), *total.tolist()])
     distributed.raise_if_stopped()
+    common.check_finite(torch.tensor(totals), "the validation images")
+    confusion = torch.tensor(totals[:-K], dtype=torch.float64).view(K, K)
     if confusion.sum() == 0:
         raise UserError("the validation set has no pixel with a label that is not ignored; there is nothing to score")
     return confusion
@@ -246,7 +257,8 @@ def summary(result: dict) -> str:
 def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
     """Print the scores of the checkpoint --weights on the validation images."""
     model, normalize = model_from_checkpoint(args, distributed.device)
-    [data] = open_data(args, ["validation"], args.classes or label_names(model.num_classes, args.zero_is_ignore))
+    names = args.classes or label_names(model.num_classes, args.zero_is_ignore)
+    [data] = open_data(args, ["validation"], names, distributed.print)
     common.check_classes(args.classes or [None] * model.num_classes, data.classes, args.weights)
     data.transform = eval_transform(args.short_side)
     loader = common.validation_loader(data, 1, args, distributed)
@@ -281,14 +293,15 @@ def predict(args: Namespace, distributed: Distributed) -> int:
     for stem, path in tqdm(mine, unit="image", leave=False, disable=distributed.rank > 0 or None):
         try:
             image = common.read_image(path)
-        except UserError as error:
-            common.print_error(error)
+            with autocast():
+                pixels = normalize(transform(image)[None].to(distributed.device))
+                logits = class_logits(model, pixels, args.crop_size if args.slide else 0)
+            common.check_finite(logits, path)
+            labels = label_map(logits, (image.height, image.width)) + first
+        except Exception as error:
+            common.report_image(path, error)
             unread += 1
             continue
-        with autocast():
-            pixels = normalize(transform(image)[None].to(distributed.device))
-            logits = class_logits(model, pixels, args.crop_size if args.slide else 0)
-        labels = label_map(logits, (image.height, image.width)) + first
         labels = v2.functional.to_pil_image(labels.to("cpu", torch.uint8)).convert("P")
         labels.putpalette(palette(first))
         for suffix, picture in ("labels", labels), ("overlay", overlay(image, labels, names)):
@@ -317,12 +330,14 @@ def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Mod
     state dict), args.zero_is_ignore and the like are set where the command line did not."""
     weights = common.open_checkpoint(args, short_side=512, crop_size=512, mean=MEAN, std=STD, classes=None,
                                      zero_is_ignore=True, ignore_label=IGNORE)
-    try:
-        shapes = [weights[f"{name}.weight"].shape for name in
-                  ("decode_head.conv_seg", "decode_head.bottleneck.0", "auxiliary_head.convs.0.0")]
-    except KeyError as error:
-        raise UserError(f"{args.weights} has no {error.args[0]}; expected a checkpoint of segment.py") from None
-    model = visiongru.UPerNet(MODELS[args.model](), *(shape[0] for shape in shapes))
+    sizes = []  # classes, channels, auxiliary channels
+    for name in "decode_head.conv_seg.weight", "decode_head.bottleneck.0.weight", "auxiliary_head.convs.0.0.weight":
+        if weights.get(name, torch.empty(0)).dim() != 4 or not len(weights[name]):
+            raise UserError(f"{args.weights} has no {name}; expected a checkpoint of segment.py")
+        sizes.append(len(weights[name]))
+    if sizes[0] >= IGNORE:
+        raise UserError(f"{args.weights} has {sizes[0]} classes; expected at most {IGNORE - 1}: label maps have 8 bits")
+    model = visiongru.UPerNet(MODELS[args.model](), *sizes)
     common.load_weights(model, weights, args.weights)
     model.to(device, memory_format=torch.channels_last)
     return model.eval(), common.normalizer(device, args.mean, args.std)
@@ -341,7 +356,8 @@ def overlay(image: Image.Image, labels: Image.Image, names: dict[int, str]) -> I
     each label that occurs, the most frequent first. names: the name of each label."""
     counts = sorted(labels.getcolors(), reverse=True)
     size = min(max(12, max(image.size) // 40), 48)
-    texts = [f"{label}: {names[label]} {100 * count / image.width / image.height:.1f} %" for count, label in counts]
+    texts = [f"{label}: {common.printable(names[label])} {100 * count / image.width / image.height:.1f} %"
+             for count, label in counts]
     font, colours = ImageFont.load_default(size), labels.getpalette()
     with contextlib.suppress(OSError):  # PIL's own font has Latin letters alone; what no font has, its number names
         font = font if "".join(texts).isascii() else ImageFont.truetype("DejaVuSans.ttf", size)
@@ -363,15 +379,15 @@ class LabelledImages(Dataset):
 
     transform = None
 
-    def __init__(self, root: str | Path, split: str, classes: list[str], zero_is_ignore: bool, ignore_label: int):
-        self.classes, self.zero_is_ignore, self.ignore_label = classes, zero_is_ignore, ignore_label
-        images, masks = ({path.stem: path for path in sorted(Path(root, kind, split).iterdir())
-                          if path.suffix.lower() in extensions}
-                         for kind, extensions in (("images", IMG_EXTENSIONS), ("annotations", LOSSLESS)))
+    def __init__(self, args: Namespace, split: str, classes: list[str], log: Callable):
+        self.classes, self.zero_is_ignore, self.ignore_label = classes, args.zero_is_ignore, args.ignore_label
+        folder, label_folder = (Path(args.data, kind, split) for kind in ("images", "annotations"))
+        images, masks = by_stem(folder, common.EXTENSIONS, log), by_stem(label_folder, LOSSLESS, log)
         missing = sorted(images.keys() - masks.keys())
         if missing or not images:
-            raise UserError(f"{images[missing[0]]} has no label map {missing[0]}.png in {root}/annotations/{split}"
-                            if missing else f"{root}/images/{split} has no images in it")
+            raise UserError(f"{images[missing[0]]} has no label map {missing[0]}.png in {label_folder}"
+                            if missing else f"{folder} has no images in it")
+        common.note_left_out([masks[stem] for stem in sorted(masks.keys() - images.keys())], "they have no image", log)
         self.items = [(images[stem], masks[stem]) for stem in sorted(images)]
 
     def __len__(self) -> int:
@@ -385,12 +401,29 @@ class LabelledImages(Dataset):
                             f"{image.width} x {image.height}; expected the same")
         return self.transform(image, mask) if self.transform else (image, mask)
 
+    def check_labels(self) -> None:
+        """UserError unless two classes occur. Label maps are read until they do: usually one."""
+        seen = set()
+        for _, path in self.items:
+            seen |= {*self.read_mask(path).unique().tolist()} - {IGNORE}
+            if len(seen) > 1:
+                return
+        found = f"only {self.classes[seen.pop()]!r}" if seen else "no class"
+        raise UserError(f"the label maps in {self.items[0][1].parent} show {found} beside what is ignored: nothing is "
+                        f"learned from that. Is 0 a class? Then give --no-zero-is-ignore, and count it in the classes. "
+                        f"An object of label {self.ignore_label} needs a number of its own, such as 1, in the files")
+
     def read_mask(self, path: Path) -> Tensor:
         """A label map as (H, W) uint8: class indices and IGNORE. UserError for labels that are neither."""
         try:
-            with Image.open(path, formats=["PNG", "BMP", "TIFF", "PPM"]) as file:  # whatever its name says
+            with common.open_image(path, LOSSLESS) as file:
                 if len(file.getbands()) > 1:
                     raise ValueError(f"it has the channels {file.getbands()}; expected one, the number of the class")
+                decoder, _, _, coding = file.tile[0]
+                coding = coding if isinstance(coding, str) else coding[0]
+                if coding not in CODINGS or decoder.startswith("ppm") or file.info.get("compression") in LOSSY:
+                    raise ValueError(f"PIL changes numbers stored as here ({decoder}, {coding}); save them as PNG, in "
+                                     f"grey or a palette, of 8 bits")
                 labels = v2.functional.pil_to_tensor(file)[0].to(torch.int64)
         except Exception as error:
             raise UserError(f"cannot read the label map {path}: {error}") from None
@@ -403,6 +436,16 @@ class LabelledImages(Dataset):
                             f"{last}, or {ignore} to ignore it: --num-classes, --zero-is-ignore and --ignore-label say "
                             f"how labels are read")
         return (labels - first).masked_fill(ignored, IGNORE).to(torch.uint8)
+
+
+def by_stem(folder: Path, extensions: Iterable[str], log: Callable) -> dict[str, Path]:
+    """The files below a folder under their paths in it without the extension. UserError if two have the same."""
+    files = {}
+    for path in map(Path, common.find_files(folder, extensions, log)):
+        other = files.setdefault(str(path.relative_to(folder).with_suffix("")), path)
+        if other != path:
+            raise UserError(f"{other} and {path} differ in the extension only; expected one of them")
+    return files
 
 
 def class_names(args: Namespace, known: list[str] | None = None) -> list[str]:
@@ -426,17 +469,17 @@ def label_names(count: int, zero_is_ignore: bool) -> list[str]:
     return [f"label {k + int(zero_is_ignore)}" for k in range(count)]
 
 
-def open_data(args: Namespace, splits: Iterable[str], known: list[str] | None = None) -> list[Dataset]:
+def open_data(args: Namespace, splits: Iterable[str], known: list[str] | None = None,
+              log: Callable = print) -> list[Dataset]:
     """The data sets of `splits` in that order, with the same `classes`."""
     if args.data is None:
         return [Scenes(split, {"training": 20_000, "validation": 300}[split]) for split in splits]
     try:
         classes = class_names(args, known)
-        return [LabelledImages(args.data, split, classes, args.zero_is_ignore, args.ignore_label) for split in splits]
+        return [LabelledImages(args, split, classes, log) for split in splits]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data {args.data}: expected {{images,annotations}}/{{training,validation}} in it, and text "
                         f"in UTF-8: {error}") from None
-
 
 class ShorterSide(v2.Transform):
     """Resize to a shorter side chosen at random from `low` to `high` pixels, and a longer of at most 4 times that."""

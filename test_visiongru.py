@@ -807,6 +807,12 @@ ADE20K = b"Idx\tRatio\tTrain\tVal\tName\n1\t0.16\t9\t1\twall\n2\t0.11\t8\t1\tbui
     (lambda root: (root / LABELS).rename(root / LABELS.replace("png", "jpg")), THREE,  # in a JPEG labels are blurred
      "a.jpg has no label map a.png in .*annotations/training$"),
     (lambda root: (root / LABELS).write_bytes(b"none"), THREE, "cannot read the label map .*a.png"),
+    # Of these PIL's numbers are others than the file's.
+    (lambda root: (root / LABELS).write_bytes(header(4, 1, 2, 0, b"\0\x1b")), THREE, "a.png: PIL changes .*L;2"),
+    (lambda root: (root / LABELS).write_bytes(b"P5 4 1 3\n\0\1\2\3"), THREE, "a.png: PIL changes numbers .*ppm"),
+    (lambda root: Image.new("F", (4, 2), 1.9).save(root / LABELS, "TIFF"), THREE, "a.png: PIL changes .*F;32F"),
+    (lambda root: Image.new("L", (16, 9)).save(root / LABELS, "TIFF", compression="jpeg"), THREE, "a.png: PIL changes"),
+    (lambda root: shutil.copy(root / IMAGE, root / "images/training/a.webp"), THREE, "a.jpg and .*a.webp differ"),
     (lambda root: Image.new("L", (5, 2)).save(root / IMAGE), THREE, "a.png is 4 x 2 pixels and .*a.jpg 5 x 2"),
     (files(), "", "how many classes are there"),
     (files(), "--num-classes 2", ["label 1", "label 2"]),
@@ -824,6 +830,17 @@ def test_labels_and_class_names_are_read_by_the_rule_asked_for_or_the_fault_is_n
         data, = segment.open_data(args, ["training"])
         names = isinstance(expected, list) and isinstance(expected[0], str)
         assert (data.classes if names else data[0][1].tolist()) == expected
+
+
+@pytest.mark.parametrize("rows, words, found", [
+    ([[0, 255]], "--num-classes 2", "no class"), ([[0, 255]], "--num-classes 2 --no-zero-is-ignore", "only 'label 0'"),
+    ([[0, 1]], "--num-classes 2", "only 'label 1'")])
+def test_labels_of_fewer_than_two_classes_are_refused_before_training(rows, words, found, tmp_path):
+    for split in "training", "validation":
+        write_labelled(tmp_path, split, "a", rows)
+    with pytest.raises(train.UserError, match=f"show {found} beside what is ignored: .*--no-zero-is-ignore"):
+        segment.main([*seg_arguments(tmp_path, tmp_path / "run"), *words.split()])
+    assert not (tmp_path / "run").exists()
 
 
 def crops(mask, factor, count, *more):
@@ -1151,8 +1168,9 @@ def test_a_line_per_epoch_tells_an_accelerators_memory_and_the_share_of_its_arit
 # The user's mistakes --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("train_classes, val_classes, message", [
-    ({}, {}, "data: expected {train,val}/<class>/<images> in it: Couldn't find any class folder"),
-    ({"a": 4, "b": 0}, {"a": 1, "b": 1}, "no valid file for the classes b"),
+    ({}, {}, "data: expected {train,val}/<class>/<images> in it: there are no images in train"),
+    ({"a": 4, "b": 0}, {"a": 1, "b": 1}, "there are no images in b"),
+    ({"train": 9}, {"train": 9}, "train is the only class, and nothing is learned from one; do the classes'"),
     ({"a": 9, "b": 9}, {"a": 1, "c": 1}, "different classes; in one of them only: b, c"),
     ({"a": 9, "b": 9}, {"a": 0, "b": 0}, "there are no images in val"),
 ])
@@ -1164,6 +1182,44 @@ def test_folders_that_cannot_be_trained_on(train_classes, val_classes, message, 
     with pytest.raises(train.UserError, match=r"expected \{train,val\}/<class>/<images> in it: .*data/train"):
         train.main(arguments(data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_leave_out(tmp_path, capsys):
+    root = picture_folder(tmp_path, dict(a=2, b=1), dict(a=1, b=1)) / "train"
+    for name, target in ("self", "."), ("same", "."), ("up", "../.."), ("c.png", "0.png"), ("../b/a", "../a"):
+        (root / "a" / name).symlink_to(target)
+    for name in "a/.hidden.png", ".ipynb_checkpoints/d.png", "a/camera.jfif", "b/deep/a.gif", "loose.png", "a/text.txt":
+        (root / name).parent.mkdir(exist_ok=True)
+        two_colours("RGB").save(root / name, "PNG")
+    args = train.parse_arguments(["--data", str(tmp_path)])
+    images = [(str(Path(path).relative_to(root)), label) for path, label in train.open_data(args, ["train"])[0].samples]
+    assert images == [("a/0.png", 0), ("a/1.png", 0), ("a/camera.jfif", 0), ("b/0.png", 1), ("b/deep/a.gif", 1)]
+    assert re.fullmatch("note: 1 .*a/text.txt\nnote: 1 .*/loose.png\n", capsys.readouterr().out)
+    for make in os.mkfifo, lambda path: path.symlink_to("absent"):
+        make(root / "a" / "x.png")
+        with pytest.raises(train.UserError, match="a/x.png is a pipe, a device or a link to nothing; expected a file"):
+            train.open_data(args, ["train"])
+        with pytest.raises(train.UserError, match="cannot read the image .*a/x.png: "):
+            train.read_image(root / "a" / "x.png")
+        (root / "a" / "x.png").unlink()
+
+
+def test_options_that_let_a_run_learn_little_are_noted_before_training(pictures, micro, tmp_path, capsys):
+    assert train.main(arguments(pictures, tmp_path / "run", "--batch-size", 64, "--epochs", 1)) == 0
+    assert re.match("note: an epoch is one step, which has each of the 51 training images 1.3 times: a lower --batch-"
+                    r".*\nnote: --lr is 1.00e-03, and no step of this run of 1 has more than 0.00e\+00: a shorter warm",
+                    capsys.readouterr().out)
+
+
+def test_names_of_files_and_classes_are_escaped_for_the_terminal_and_quoted_for_the_shell(micro, tmp_path, capsys):
+    evil, folder = "a\x1b]0;b\x07\x1b[2J\n\u202e", tmp_path / "b ;$(touch c)'d"
+    data, out = picture_folder(folder / "data", {evil: 8, "b": 8}, {evil: 1, "b": 1}), folder / "run"
+    assert train.main(arguments(data, out, "--epochs", 1)) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[:5] == ["python", "train.py", "--eval", "--weights", str(out / "best.pt")]
+    assert train.main(["--predict", f"{data}/val/{evil}/0.png", evil, "--weights", command[4], "--device", "cpu"]) == 2
+    printed = "".join(capsys.readouterr())
+    assert not re.search("[\x07\x1b\u202e]", printed) and printed.count(r"a\x1b]0;b\x07\x1b[2J\n\u202e") == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -1834,14 +1890,18 @@ def jpeg(**options):
     return file.getvalue()
 
 
-def header(width, height):
-    """A PNG file that is nothing but its beginning."""
+def header(width, height, bits=8, kind=2, rows=b""):
+    """A PNG file that is nothing but its beginning, or has these rows."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+# PIL's reader of IPTC opens what lies in the last field with all its readers, and that of EPS runs Ghostscript.
+IPTC = b"".join(struct.pack(">BBBH", 28, *field, len(data)) + data for field, data in [
+    ((3, 60), b"\1\0"), ((3, 20), b"\x09"), ((3, 30), b"\x09"), ((3, 120), b"\5"), ((8, 10), EPS)])
 RED, BLUE, WHITE = (254, 0, 0), (0, 0, 254), (255, 255, 255)
 FRAMES = dict(save_all=True, append_images=2 * [Image.new("RGB", (40, 20), "green")])
 UPRIGHT, TURNED = ((40, 20), {(5, 5): RED, (5, 15): BLUE}), ((40, 20), {(5, 5): BLUE, (5, 15): RED})
@@ -1882,12 +1942,17 @@ IMAGES = {
     "one pixel.png":       (Image.new("RGB", (1, 1), "red"), {}, (1, 1), {(0, 0): RED}),
     "long.png":            (two_colours("RGB", (5000, 8)), {}, (5000, 8), {(4999, 0): RED, (0, 7): BLUE}),
     "tall.png":            (two_colours("RGB", (2, 60_000)), {}, (2, 60_000), {(0, 9): RED, (1, 59_999): BLUE}),
+    "line.jpg":            (Image.new("RGB", (65_500, 1), "red"), {}, (65_500, 1), {(9, 0): RED}),
     "huge.png":            (header(60_000, 60_000), None, r"3600000000 pixels\) exceeds limit", None),
     "empty.jpg":           (b"", None, "cannot identify image file", None),
     "text.jpg":            (b"a holiday picture\n" * 9, None, "cannot identify image file", None),
     "half.jpg":            (jpeg()[:len(jpeg()) // 2], None, "truncated|Truncated", None),
     "header alone.png":    (header(40, 20), None, "truncated|broken|unrecognized|not enough", None),
-    "program.jpg":         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", None, "PostScript", None),
+    # A list says which formats are read; some of PIL's others hold programs.
+    "program.jpg":         (EPS, None, "cannot identify image file", None),
+    "program inside.jpg":  (IPTC, None, "cannot identify image file", None),
+    "camera.jfif":         (jpeg(), None, *UPRIGHT),
+    "targa.tga":           (two_colours("RGB"), {}, "cannot identify image file", None),
 }
 
 
@@ -1964,6 +2029,20 @@ def flipped(data, place):
 DAMAGED = 3 * ["not written by torch.save, or it is damaged"]
 CODE = 3 * ["holds Python objects, and loading those executes code.*keep its tensors"]
 NONE = 3 * ["is neither a checkpoint of these scripts nor a state dict"]
+DENSE, FINITE = 3 * ["expected a dense tensor"], 3 * ["head.weight is not a dense tensor of finite floating-point"]
+SHORT = {"step": torch.ones(()), "exp_avg": torch.zeros(7), "exp_avg_sq": torch.zeros(7)}
+NESTED = functools.reduce(lambda inner, _: [inner, inner], range(60), [])  # whose text would fill any memory
+
+
+def configured(**entries):
+    return lambda data, c: saved({**c, "config": c["config"] | entries})
+
+
+def with_head(change):
+    return lambda data, c: saved({**c, "better": "ema",
+                                  "ema": c["ema"] | {"head.weight": change(c["ema"]["head.weight"])}})
+
+
 # What is made of the bytes and of the contents of a good checkpoint, and why it is then refused with --resume, with
 # --weights for training, and with --weights for predicting; None: it is used.
 CHECKPOINTS = {
@@ -1978,13 +2057,31 @@ CHECKPOINTS = {
     "another model":     (lambda data, c: saved({**c, "model": VisionGRU(3, **SMALL).state_dict(), "better": "model"}),
                           ["does not fit: .* in loading state_dict", *2 * ["do not fit this VisionGRU"]]),
     "another optimizer": (lambda data, c: saved({**c, "optimizer": {"state": {}, "param_groups": []}}),
-                          ["does not fit: .*loaded state dict has a different number of param", None, None]),
+                          ["does not fit: .*its optimizer knows 0 parameters of 120", None, None]),
+    "short moments":     (lambda data, c: saved({**c, "optimizer": {"state": dict.fromkeys(range(120), SHORT)}}),
+                          ["does not fit: .*exp_avg of parameter 0 is not finite torch.float32", None, None]),
     "no log":            (lambda data, c: saved({key: c[key] for key in c if key != "log"}),
                           ["does not fit: KeyError: 'log'", None, None]),
     "no settings":       (lambda data, c: saved({**c, "config": {}}), ["KeyError: 'classes'", None, None]),
     "strange settings":  (lambda data, c: saved({**c, "config": 7}), NONE),
     "an unknown model":  (lambda data, c: saved({**c, "config": {**c["config"], "model": "vast"}}),
                           ["model was vast and is now nano", None, "a model called 'vast'; expected one of nano"]),
+    **{f"{key} {value}": (configured(**{key: value}), 3 * [f"{key} is .*; expected {words}"]) for key, value, words in [
+        ("img_size", "x", "a whole number from 32"), ("img_size", -5, "a whole"), ("val_resize", None, "a whole"),
+        ("mean", [0.5, 0.5], "three numbers"), ("std", [1, 1, 0], "three numbers above 0"),
+        ("classes", 3, "a list"), ("classes", ["a", "a"], "a list of different names")]},
+    "nested classes":    (configured(classes=NESTED), 3 * ["classes is .*; expected a list"]),
+    "two classes":       (configured(classes=["a", "b"]), ["trained on 2 classes", None, "for each of its 2 class"]),
+    "nested seed":       (configured(seed=NESTED), ["seed was .* and is now 0", None, None]),
+    "nested log":        (lambda data, c: saved({**c, "log": [{"top1": NESTED}]}), 3 * ["log is .*; expected a list"]),
+    "nested names":      (lambda data, c: saved({"model": c["model"], "better": NESTED}), 3 * ["better is .*; exp"]),
+    "a head of no size": (with_head(lambda head: head[0, 0]), [*2 * ["head.weight"], r"classifier has the shape \(\)"]),
+    "a head of NaN":     (with_head(lambda head: head * math.nan), FINITE),
+    "a whole head":      (with_head(lambda head: head.long()), FINITE),
+    "a sparse head":     (with_head(lambda head: head.to_sparse()), DENSE),
+    "a meta head":       (with_head(lambda head: head.to("meta")), DENSE),
+    "an 8-bit head":     (with_head(lambda head: head.to(torch.float8_e5m2)), DENSE),
+    "an expanded head":  (with_head(lambda head: head.new_zeros(1).expand(10**7, 10**6)), DENSE),
     "weights alone":     (lambda data, c: saved(c["model"]), ["only weights; resume a last.pt", None, None]),
 }
 
@@ -2065,6 +2162,25 @@ def test_resume_in_another_folder_in_fp16_skips_gradients_that_overflow(finished
     assert not torch.equal(after["model"]["head.weight"], before["model"]["head.weight"])
     assert all(value.isfinite().all() for value in [*after["model"].values(), *after["ema"].values()])
     assert len(history(tmp_path / "to")) == 4 and (tmp_path / "to" / "best.pt").exists()
+
+
+@both_scripts
+def test_finite_logits_or_no_class_is_named(either, pictures, tmp_path, monkeypatch, capsys):
+    module, words, alone = either
+    name, number = ("head.weight", 3e38) if module is train else ("decode_head.bottleneck.1.running_var", -1)
+    checkpoint, bad = train.load_checkpoint(alone / "best.pt"), tmp_path / "bad.pt"
+    for state in filter(None, (checkpoint["model"], checkpoint["ema"])):
+        state[name].fill_(number)
+    torch.save(checkpoint, bad)
+    with pytest.raises(train.UserError, match="the validation images: the model's output is not finite"):
+        module.main(["--eval", "--data", words("")[1], "--weights", str(bad), "--device", "cpu"])
+    images = [str(pictures / "val/ant" / f"{i}.png") for i in range(3)]
+    read = train.read_image
+    monkeypatch.setattr(train, "read_image", lambda path: bytes(2**62) if path == images[1] else read(path))
+    more = ["--out", str(tmp_path)] if module is segment else []
+    assert module.main(["--predict", *images, "--weights", str(bad), "--device", "cpu", *more]) == 2
+    err = capsys.readouterr().err
+    assert err.count("is not finite") == 2 and f"{images[1]}: out of memory" in err and not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("more, unsound, reason", [

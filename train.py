@@ -44,6 +44,8 @@ import os
 import platform
 import random
 import re
+import reprlib
+import shlex
 import signal
 import sys
 import tempfile
@@ -73,7 +75,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -92,12 +93,15 @@ def train(args: Namespace, distributed: Distributed) -> None:
     device, world_size = distributed.device, distributed.world_size
 
     # Data
-    train_data, val_data = open_data(args, ("train", "val"))
+    train_data, val_data = open_data(args, ("train", "val"), distributed.print)
     train_data.transform, val_data.transform = train_transform(args), eval_transform(args.img_size, args.val_resize)
     num_classes, mixes = len(train_data.classes), bool(args.mixup or args.cutmix)
     micro_batch_size = split_batch(args, world_size, multiple=2 if mixes else 1)  # images are mixed in pairs
     steps_per_epoch = max(1, len(train_data) // args.batch_size)
     total_steps = args.epochs * steps_per_epoch
+    if len(train_data) < args.batch_size:
+        distributed.print(f"note: an epoch is one step, which has each of the {len(train_data)} training images "
+                          f"{args.batch_size / len(train_data):.1f} times: a lower --batch-size makes it several")
 
     # Model, moving average, optimizer, learning rate
     torch.manual_seed(args.seed)
@@ -115,6 +119,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
     # The run: first its state, new or resumed, then what wraps the model
     run = Run(args, distributed, (train_data, val_data), total_steps, model=model, ema=ema, optimizer=optimizer,
               scheduler=scheduler)
+    check_schedule(scheduler, total_steps, distributed.print)
     run.start_or_resume()
     install_signal_handlers(distributed)
     if compiles(args, device):
@@ -142,7 +147,8 @@ def train(args: Namespace, distributed: Distributed) -> None:
         run.record({"epoch": epoch + 1, **scores["model"], **ema_scores},
                    f"epoch {epoch + 1:3d}/{args.epochs}  {text}", scores[better]["top1"], better)
     distributed.print(f"done: {run.out / 'best.pt'} has top-1 {run.best:.2f} %. To evaluate it:\n  python train.py "
-                      f"--eval --weights {run.out / 'best.pt'}" + (f" --data {args.data}" if args.data else ""))
+                      f"--eval --weights {shlex.quote(str(run.out / 'best.pt'))}"
+                      + (f" --data {shlex.quote(args.data)}" if args.data else ""))
 
 
 def train_step(run: Run, ddp_model: nn.Module, batches: Iterator, loss_fn: Callable) -> None:
@@ -189,6 +195,14 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
 
+def check_schedule(scheduler: LambdaLR, total_steps: int, log: Callable) -> None:
+    """A note if a run ends before its warm-up has come half-way, or is to learn nothing."""
+    base, highest = scheduler.base_lrs[0], max(map(scheduler.lr_lambdas[0], range(total_steps)))
+    if highest < 0.5 or not base:
+        log(f"note: --lr is {base:.2e}, and no step of this run of {total_steps} has more than {highest * base:.2e}: "
+            f"a shorter warm-up, more steps or another --lr let it learn")
+
+
 # Evaluation and prediction --------------------------------------------------------------------------------------------
 
 @torch.compiler.set_stance("force_eager")  # --compile is for training: here images may have any size
@@ -217,6 +231,7 @@ def evaluate(models: dict[str, nn.Module], loader: Iterable, distributed: Distri
     totals = [torch.stack(batches).to("cpu").double().sum(0) for batches in sums.values()]  # the first wait for a GPU
     *totals, count = distributed.all_reduce([*torch.cat(totals).tolist(), count])
     distributed.raise_if_stopped()
+    check_finite(torch.tensor(totals), "the validation images")
     return {name: {"val_loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
             for name, loss, top1, top5 in zip(models, totals[::3], totals[1::3], totals[2::3])}
 
@@ -224,7 +239,7 @@ def evaluate(models: dict[str, nn.Module], loader: Iterable, distributed: Distri
 def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
     """Print the accuracy of the checkpoint --weights on the validation images."""
     model, normalize = model_from_checkpoint(args, distributed.device)
-    [data] = open_data(args, ["val"])
+    [data] = open_data(args, ["val"], distributed.print)
     check_classes(args.classes or [None] * model.num_classes, data.classes, args.weights)
     data.transform = eval_transform(args.img_size, args.val_resize)
     loader = validation_loader(data, max(1, args.batch_size // distributed.world_size), args, distributed)
@@ -247,13 +262,14 @@ def predict(args: Namespace, distributed: Distributed) -> int:
     for path in args.predict[distributed.rank::distributed.world_size]:
         try:
             image = transform(read_image(path))[None].to(distributed.device)
-        except UserError as error:
-            print_error(error)
+            with autocast():
+                logits = model(normalize(image)).float()[0]
+            check_finite(logits, path)
+        except Exception as error:
+            report_image(path, error)
             unread += 1
             continue
-        with autocast():
-            probabilities = model(normalize(image)).float().softmax(dim=1)[0]
-        top = probabilities.topk(min(5, len(probabilities)))
+        top = logits.softmax(dim=0).topk(min(5, len(logits)))
         print_result("\n".join([path, *(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}"
                                         for p, k in zip(top.values.tolist(), top.indices.tolist()))]))
     [unread] = distributed.all_reduce([unread])  # wait for all: torchrun kills the rest when one exits with an error
@@ -273,16 +289,43 @@ def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Mod
 
 # Data: images travel as uint8, a quarter of the bytes, and are normalized, erased and mixed on the device -------------
 
-def open_data(args: Namespace, splits: Iterable[str]) -> list[Dataset]:
+class Pictures(Dataset):
+    """ROOT/<class>/<images>, which may lie in folders within, as (PIL image, class)."""
+
+    transform = None
+
+    def __init__(self, root: Path, log: Callable):
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+        labels, paths = {name: label for label, name in enumerate(self.classes)}, find_files(root, EXTENSIONS, log)
+        tops = [path[len(os.path.join(root, "")):].split(os.sep)[0] for path in paths]
+        self.samples = [(path, labels[top]) for path, top in zip(paths, tops) if top in labels]
+        note_left_out([path for path, top in zip(paths, tops) if top not in labels], "no class's folder has them", log)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple:
+        path, label = self.samples[index]
+        image = read_image(path)
+        return (self.transform(image) if self.transform else image), label
+
+
+def open_data(args: Namespace, splits: Iterable[str], log: Callable = print) -> list[Dataset]:
     """The data sets DIR/split/<class>/<images>, or the built-in ones: items (image, class), with the same `classes`."""
     if args.data is None:
         return [Shapes(split, {"train": 14_000, "val": 1_000}[split]) for split in splits]
-    try:  # a class may be empty in val, not in train
-        sets = [ImageFolder(Path(args.data, split), loader=read_image, allow_empty=split == "val") for split in splits]
+    layout = f"--data {args.data}: expected {{train,val}}/<class>/<images> in it"
+    try:
+        sets = [Pictures(Path(args.data, split), log) for split in splits]
     except OSError as error:
-        raise UserError(f"--data {args.data}: expected {{train,val}}/<class>/<images> in it: {error}") from None
-    if not all(data.samples for data in sets):
-        raise UserError(f"--data {args.data}: there are no images in {splits[-1]}")
+        raise UserError(f"{layout}: {error}") from None
+    for split, data in zip(splits, sets):
+        empty = {*data.classes} - {data.classes[label] for _, label in data.samples}
+        if not data.samples or split == "train" and empty:  # in val a class may be empty
+            raise UserError(f"{layout}: there are no images in {', '.join(sorted(empty if data.samples else [split]))}")
+        if split == "train" and len(data.classes) == 1:
+            raise UserError(f"{layout}: {data.classes[0]} is the only class, and nothing is learned from one; do the "
+                            f"classes' folders lie in it?")
     if sets[0].classes != sets[-1].classes:
         raise UserError(f"--data {args.data}: train and val have different classes; in one of them only: "
                         f"{', '.join(sorted({*sets[0].classes} ^ {*sets[-1].classes}))}")
@@ -291,7 +334,12 @@ def open_data(args: Namespace, splits: Iterable[str]) -> list[Dataset]:
 
 def eval_transform(img_size: int, val_resize: int) -> Callable:
     """Shorter side to `val_resize` pixels, then the central square: PIL image -> (3, img_size, img_size) uint8."""
-    return v2.Compose([v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size), v2.PILToTensor()])
+    return v2.Compose([center_of_long, v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size), v2.PILToTensor()])
+
+
+def center_of_long(image: Image.Image) -> Image.Image:
+    """At most four times as long as wide, around the center: a line of pixels, resized whole, would fill the memory."""
+    return v2.functional.center_crop(image, [min(side, 4 * min(image.size)) for side in (image.height, image.width)])
 
 
 def train_transform(args: Namespace) -> Callable:
@@ -299,7 +347,8 @@ def train_transform(args: Namespace) -> Callable:
     if args.crop_scale < 1:
         crop = v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))
     else:
-        crop = v2.Compose([v2.Resize(max(args.img_size, args.val_resize)), v2.CenterCrop(args.img_size)])
+        side = max(args.img_size, args.val_resize)
+        crop = v2.Compose([center_of_long, v2.Resize(side), v2.CenterCrop(args.img_size)])
     return v2.Compose([crop, v2.RandomHorizontalFlip(args.hflip), v2.RandAugment(*args.randaug), v2.PILToTensor()])
 
 
@@ -486,11 +535,9 @@ class Run:
                 for name, before in content["config"].items():
                     now = self.config.get(name, before)
                     if now != before and name not in MAY_CHANGE:
-                        raise UserError(f"--resume {file}: {name.replace('_', '-')} was {before} and is now {now}; "
-                                        f"keep it, or start a new run with --weights")
-            for key, part in self.parts.items():
-                if checkpoint[key]:  # without a moving average there is none to restore, and without fp16 no scale
-                    part.load_state_dict(checkpoint[key])
+                        raise UserError(f"--resume {file}: {name.replace('_', '-')} was {shown(before)} and is now "
+                                        f"{now}; keep it, or start a new run with --weights")
+            self.restore_parts(checkpoint)
             for key in STATE:
                 setattr(self, key, checkpoint[key])
             self.best = files[best]["best"] if best in files else -1.0
@@ -500,9 +547,33 @@ class Run:
                 self.loss_sum = again["loss"] * (self.step - self.validated)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"--resume {path}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
-        # With another number of epochs the next step has another rate than the optimizer's state says.
-        for group, base, factor in zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas):
-            group["lr"] = base * factor(self.step)
+
+    def restore_parts(self, checkpoint: dict) -> None:
+        """Take the weights, the optimizer's moments, the step and, in fp16, the scale. All else, such as the learning
+        rate of that step, follows from the options."""
+        for key in ("model", "ema") if self.ema else ("model",):
+            self.parts[key].load_state_dict(visiongru.extract_state_dict(checkpoint[key]))
+        step, moments = checkpoint["scheduler"]["last_epoch"], checkpoint["optimizer"]["state"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]] if step or moments else []
+        if len(moments) != len(parameters) or checkpoint["validated"] > step:
+            raise ValueError(f"its optimizer knows {len(moments)} parameters of {len(parameters)}, and at step {step} "
+                             f"its last validation is that of step {checkpoint['validated']}")
+        state = {i: {} for i in range(len(parameters))}
+        for i, p in enumerate(parameters):  # the fused AdamW would read and write beyond a moment that is too small
+            for key, ours in ("step", torch.zeros(())), ("exp_avg", p), ("exp_avg_sq", p):
+                found = moments[i][key]
+                if (found.dtype, found.shape) != (ours.dtype, ours.shape) or not found.isfinite().all():
+                    raise ValueError(f"its {key} of parameter {i} is not finite {ours.dtype} of {tuple(ours.shape)}")
+                state[i][key] = torch.empty_like(ours).copy_(found)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        rates = [base * schedule(step) for base, schedule in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas)]
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | {
+            "last_epoch": step, "_step_count": step + 1, "_last_lr": rates})
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        if self.scaler.is_enabled() and checkpoint["scaler"]:  # there is none without fp16
+            self.scaler.load_state_dict(self.scaler.state_dict() | {
+                key: checkpoint["scaler"][key] for key in ("scale", "_growth_tracker")})
 
     def steps(self, until: int) -> Iterator[int]:
         """Yield for each optimizer step until `until` are taken. In between, read the loss of the step before, show
@@ -599,7 +670,7 @@ class Run:
 
     def fail(self, reason: str) -> None:
         last = self.out / "last.pt"
-        start = f", and --weights {last} to start from the last weights saved" if last.exists() else ""
+        start = f", and --weights {shlex.quote(str(last))} to start from its weights" if last.exists() else ""
         raise UserError(f"{reason}; {last} is unchanged. A lower --lr, a longer warm-up or another --amp may help, in "
                         f"a new run: choose another --out{start}")
 
@@ -672,6 +743,44 @@ def compile_parts(model: nn.Module, log: Callable) -> None:
 STATE = "validated", "loss_sum", "lr", "best", "better", "log"
 BEST = "model", "ema", "better", "best", "step", "config"
 
+
+def is_number(x: object, least: float = -3e38) -> bool:
+    return type(x) in (int, float) and least < x < 3e38
+
+
+def are_scores(x: object, depth: int = 2) -> bool:
+    """Of a validation, or of its classes."""
+    return isinstance(x, dict) and all(isinstance(name, str) and (
+        value is None or is_number(value) or depth > 1 and are_scores(value, depth - 1)) for name, value in x.items())
+
+
+def is_sound_tensor(x: object) -> bool:
+    """Whether a tensor has memory for each of its numbers, since otherwise one in a small file can be of any size, and
+    a type with arithmetic, which floats of 8 bits are not. True for what is no tensor."""
+    return not isinstance(x, Tensor) or (
+        x.layout == torch.strided and not x.is_nested and not x.is_meta
+        and x.untyped_storage().nbytes() >= x.numel() * x.itemsize and (x.itemsize > 1 or not x.is_floating_point()))
+
+
+def whole(least: int, most: int) -> tuple[str, Callable]:
+    return f"a whole number from {least} to {most}", lambda x: type(x) is int and least <= x <= most
+
+
+ENTRIES = {  # of a checkpoint, its config and its parts: what they must be, in words for a message and as a test
+    **dict.fromkeys(("step", "validated", "last_epoch", "_growth_tracker"), whole(0, 2**31 - 1)),
+    **dict.fromkeys(("img_size", "val_resize", "short_side", "crop_size"), whole(32, 2**15)),
+    **dict.fromkeys(("channels", "aux_channels"), whole(1, 2**15)), "ignore_label": whole(-2**31, 2**31 - 1),
+    **dict.fromkeys(("loss_sum", "lr", "best"), ("a finite number", is_number)),
+    **dict.fromkeys(("mean", "std"), ("three numbers above 0", lambda x: isinstance(x, list) and len(x) == 3 and all(
+        is_number(y, 0) for y in x))),
+    "scale": ("above 0", lambda x: all(is_number(y, 0) for y in (x if isinstance(x, list) else [x]))),
+    "log": ("a list of scores", lambda x: isinstance(x, list) and all(map(are_scores, x))),
+    "better": ("'model' or 'ema'", lambda x: isinstance(x, str) and x in ("model", "ema")),
+    "zero_is_ignore": ("true or false", lambda x: isinstance(x, bool)),
+    "classes": ("a list of different names", lambda x: isinstance(x, list) and all(
+        isinstance(name, str) for name in x) and 0 < len(set(x)) == len(x)),
+}
+
 # Options that a resumed run may change.
 MAY_CHANGE = {"data", "out", "resume", "weights", "backbone_weights", "device", "workers", "save_every", "compile",
               "grad_checkpointing", "grad_accum_steps", "amp", "epochs", "iters", "warmup_epochs", "warmup_iters",
@@ -679,7 +788,8 @@ MAY_CHANGE = {"data", "out", "resume", "weights", "backbone_weights", "device", 
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The contents of a checkpoint file; no code in it is run. UserError if it is not a checkpoint, or damaged."""
+    """The contents of a checkpoint file; no code in it is run. UserError if it is not a checkpoint, or damaged, or if
+    an entry is not as in ENTRIES. (`visiongru.extract_state_dict` asks that the weights are finite.)"""
     try:
         checkpoint = visiongru.read_checkpoint(path)
     except OSError as error:
@@ -688,7 +798,19 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"cannot use the checkpoint {path}: {error}") from None
     if not isinstance(checkpoint, dict) or not isinstance(config_of(checkpoint), dict):
         raise UserError(f"{path} is neither a checkpoint of these scripts nor a state dict")
+    rules = ENTRIES if config_of(checkpoint) else {"better": ENTRIES["better"]}  # other people's entries differ
+    for part in (part for part in (checkpoint, *checkpoint.values()) if isinstance(part, dict)):
+        for name, value in part.items():
+            expected, is_sound = rules.get(name, ("a dense tensor", is_sound_tensor))
+            if not is_sound(value):
+                raise UserError(f"cannot use the checkpoint {path}: {shown(name)} is {shown(value)}; expected "
+                                f"{expected}")
     return checkpoint
+
+
+def shown(value: object) -> str:
+    """A value from a file for a message. The whole text of nested lists in a small file can fill the memory."""
+    return (value if isinstance(value, str) else reprlib.repr(value))[:200]
 
 
 def config_of(checkpoint: dict) -> dict:
@@ -715,9 +837,14 @@ def open_checkpoint(args: Namespace, **defaults) -> dict:
             setattr(args, name, config_of(checkpoint).get(name, default))
     check_model(args.model, args.weights)
     try:
-        return visiongru.extract_state_dict(checkpoint)
+        weights = visiongru.extract_state_dict(checkpoint)
     except ValueError as error:
         raise UserError(f"{args.weights}: {error}") from None
+    head = weights.get("decode_head.conv_seg.weight", weights.get("head.weight"))
+    if head is not None and (head.dim() < 2 or not 0 < len(head) == len(args.classes or head)):
+        raise UserError(f"{args.weights}: its classifier has the shape {tuple(head.shape)}; expected a row for each of "
+                        f"its {len(args.classes or [])} class names")
+    return weights
 
 
 def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Callable = print,
@@ -740,14 +867,14 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Call
 
 def check_model(name: object, path: str | Path) -> None:
     if name not in list(MODELS):
-        raise UserError(f"{path} has a model called {name!r}; expected one of {', '.join(MODELS)}")
+        raise UserError(f"{path} has a model called {shown(name)!r}; expected one of {', '.join(MODELS)}")
 
 
 def check_classes(known: list, classes: list[str], path: str | Path) -> None:
     """UserError if `known`, the classes of the checkpoint at `path` (None: any name), are not the data's `classes`."""
     if len(known) != len(classes):
         raise UserError(f"{path} was trained on {len(known)} classes and the data has {len(classes)}; to "
-                        f"fine-tune on other classes, train with --weights {path}")
+                        f"fine-tune on other classes, train with --weights {shlex.quote(str(path))}")
     for ours, theirs in zip(known, classes):
         if ours not in (None, theirs):
             raise UserError(f"{path} was trained on other classes than the data's: {ours!r} where it has {theirs!r}")
@@ -755,15 +882,65 @@ def check_classes(known: list, classes: list[str], path: str | Path) -> None:
 
 # Images and the order of images ---------------------------------------------------------------------------------------
 
+# The formats of image files, by the extensions of their names. PIL knows others, some of which hold programs, and runs
+# those; and its registry lacks AVIF where it was built without.
+EXTENSIONS = {extension: kind for extension, kind in Image.registered_extensions().items()
+              if kind in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")}
+
+
+def open_image(path: str | Path, extensions: Iterable[str] = EXTENSIONS) -> Image.Image:
+    """PIL's image of a file in one of the formats of `extensions`, whatever the file's own name says."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is a folder, a pipe or a device; expected a file")
+    return Image.open(path, formats=[EXTENSIONS[extension] for extension in extensions])
+
+
+def find_files(folder: str | Path, extensions: Iterable[str], log: Callable) -> list[str]:
+    """The files below a folder whose names have one of the extensions, in order; each once, whatever links lead to it.
+    Hidden ones are left out and, with a note, those with another extension. UserError for what is no regular file."""
+    found, others, links = [], [], []
+    seen = {*map(str, Path(os.path.realpath(folder)).parents)}  # a link to one of them leads back here
+
+    def search(folder: str, real: str) -> None:
+        seen.add(real)
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.is_symlink():
+                links.append(entry)
+            else:
+                visit(entry, os.path.join(real, entry.name))
+
+    def visit(entry: os.DirEntry, real: str) -> None:
+        if entry.name[0] == "." or real in seen:
+            return
+        if entry.is_dir():
+            return search(entry.path, real)
+        seen.add(real)
+        if Path(entry.name).suffix.lower() not in extensions:
+            others.append(entry.path)
+        elif entry.is_file():
+            found.append(entry.path)
+        else:
+            raise UserError(f"{entry.path} is a pipe, a device or a link to nothing; expected a file")
+    search(os.fspath(folder), os.path.realpath(folder))
+    for link in links:  # after all that is reached without; links in the folders that they lead to are appended
+        visit(link, os.path.realpath(link.path))
+    note_left_out(others, "their extensions are not among those that are read", log)
+    return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def note_left_out(paths: list, reason: str, log: Callable) -> None:
+    if paths:
+        more = f" and {len(paths) - 3} more" * (len(paths) > 3)
+        log(f"note: {len(paths)} files are left out, since {reason}: {', '.join(map(str, paths[:3]))}{more}")
+
+
 def read_image(path: str | Path) -> Image.Image:
     """An image file as RGB, as a viewer shows it: upright, the first frame, transparent parts on white, 16 bits cut
     to 8. UserError, with its path and the reason, if it cannot be read or has more pixels than PIL allows."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images below the limit, and of odd metadata
-            with Image.open(path) as image:
-                if image.format == "EPS":
-                    raise ValueError("PostScript is a program, which would be run")
+            with open_image(path) as image:
                 image.load()
                 kind = image.format
                 with contextlib.suppress(Exception):  # damaged EXIF data: the picture is as good as before
@@ -1092,7 +1269,7 @@ def two(argument: dict) -> dict:
     return argument | {"nargs": 2}
 
 
-TEXT = {"type": str}
+TEXT = number(str, bool, "some text (is a variable not set?)")
 FLAG = {"action": argparse.BooleanOptionalAction}
 COUNT = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1")
 COUNT_OR_NONE = number(int, lambda n: 0 <= n < 2**31, "a whole number of at least 0")
@@ -1196,6 +1373,20 @@ class UserError(Exception):
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
+def check_finite(logits: Tensor, source: str | Path) -> None:
+    if not logits.isfinite().all():
+        raise UserError(f"{source}: the model's output is not finite, and no class is the best; another --amp may help")
+
+
+def report_image(path: str | Path, error: Exception) -> None:
+    """Print why one of several images was not predicted. Raises `error` again if the others would meet it too."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        error = UserError(f"{path}: out of memory")
+    if not isinstance(error, UserError):
+        raise error
+    print_error(error)
+
+
 def run_main(main: Callable) -> None:
     """Run main() and exit with its status; with 2, and a line without a traceback, for what the user can put right
     and if memory runs out; with 130 for Ctrl-C while there is nothing to save."""
@@ -1250,15 +1441,21 @@ ADVICE = {  # by the words of an error
 }
 
 
+def printable(text: object) -> str:
+    """A text with the characters escaped that a terminal obeys. (Names come from anywhere.)"""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+                  lambda character: character[0].encode("unicode_escape").decode(), str(text))
+
+
 def print_error(message: object) -> None:
     with contextlib.suppress(OSError):  # there is nobody to tell: the exit status still does
-        tqdm.write(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {printable(message)}", file=sys.stderr)
 
 
 def print_result(text: str) -> None:
     """Print, or raise UserError if what was asked for cannot be written."""
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries to write it once more as it exits
         raise UserError(f"cannot write the result to the standard output: {error.strerror}") from None
