@@ -1507,16 +1507,16 @@ def test_pipes_closed_from_the_start_keep_no_run_from_training(pictures, tmp_pat
 @process
 def test_signals_given_twice_stop_at_once(workers, tmp_path):
     data = picture_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 1, "b": 1})
-    (data / "train" / "b" / "3.png").unlink()
-    os.mkfifo(data / "train" / "b" / "3.png")  # who reads it waits for ever: the step never ends
-    process = script(*arguments(data, tmp_path / "run", "--workers", workers))
-
-    def writer():
-        with contextlib.suppress(OSError):  # nobody reads it yet
-            return os.open(data / "train" / "b" / "3.png", os.O_WRONLY | os.O_NONBLOCK)
-    writer = wait_for(writer, process)
-    reader, = [process.pid] if workers == 0 else children(process)
-    wait_for(lambda: "pipe" in Path(f"/proc/{reader}/wchan").read_text(), process)
+    code = f"""if True:
+        import sys, time
+        sys.path.insert(0, {str(HERE)!r})
+        import train
+        train.read_image = lambda path: time.sleep(1000)  # the step never ends
+        train.run_main(train.main)
+    """
+    process = launched([sys.executable, "-c", code, *arguments(data, tmp_path / "run", "--workers", workers)])
+    while "training and" not in process.stdout.readline():  # after this line nothing but steps is to be done
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     while "stopping and saving" not in process.stderr.readline():
         pass
@@ -1524,7 +1524,6 @@ def test_signals_given_twice_stop_at_once(workers, tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
-    os.close(writer)
     assert process.returncode == 130 and "Traceback" not in err
 
 

@@ -270,8 +270,9 @@ def predict(args: Namespace, distributed: Distributed) -> int:
             unread += 1
             continue
         top = logits.softmax(dim=0).topk(min(5, len(logits)))
-        print_result("\n".join([path, *(f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}"
-                                        for p, k in zip(top.values.tolist(), top.indices.tolist()))]))
+        lines = [f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}"
+                 for p, k in zip(top.values.tolist(), top.indices.tolist())]
+        print_result("\n".join(map(printable, [path, *lines])))
     [unread] = distributed.all_reduce([unread])  # wait for all: torchrun kills the rest when one exits with an error
     return 2 if unread else 0
 
@@ -744,8 +745,8 @@ STATE = "validated", "loss_sum", "lr", "best", "better", "log"
 BEST = "model", "ema", "better", "best", "step", "config"
 
 
-def is_number(x: object, least: float = -3e38) -> bool:
-    return type(x) in (int, float) and least < x < 3e38
+def is_number(x: object, least: float = -1e300) -> bool:
+    return type(x) in (int, float) and least < x < 1e300
 
 
 def are_scores(x: object, depth: int = 2) -> bool:
@@ -1442,20 +1443,20 @@ ADVICE = {  # by the words of an error
 
 
 def printable(text: object) -> str:
-    """A text with the characters escaped that a terminal obeys. (Names come from anywhere.)"""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+    """A line of text with the characters escaped that a terminal obeys. (Names come from anywhere.)"""
+    return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
                   lambda character: character[0].encode("unicode_escape").decode(), str(text))
 
 
 def print_error(message: object) -> None:
     with contextlib.suppress(OSError):  # there is nobody to tell: the exit status still does
-        tqdm.write(f"error: {printable(message)}", file=sys.stderr)
+        tqdm.write("\n".join(map(printable, f"error: {message}".split("\n"))), file=sys.stderr)
 
 
 def print_result(text: str) -> None:
     """Print, or raise UserError if what was asked for cannot be written."""
     try:
-        print(printable(text), flush=True)
+        print(*map(printable, text.split("\n")), sep="\n", flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries to write it once more as it exits
         raise UserError(f"cannot write the result to the standard output: {error.strerror}") from None
