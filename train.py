@@ -713,8 +713,8 @@ STATE = "validated", "loss_sum", "lr", "best", "better", "log"
 BEST = "model", "ema", "better", "best", "step", "config"
 
 
-def is_number(x: object, least: float = -3e38) -> bool:
-    return type(x) in (int, float) and least < x < 3e38
+def is_number(x: object, above: float = -math.inf, below: float = math.inf) -> bool:
+    return type(x) in (int, float) and above < x < below
 
 
 def are_scores(x: object, depth: int = 2) -> bool:
@@ -741,8 +741,8 @@ ENTRIES = {  # of a checkpoint, its config and its parts: what they must be, in 
     **dict.fromkeys(("channels", "aux_channels"), whole(1, 2**15)), "ignore_label": whole(-2**31, 2**31 - 1),
     **dict.fromkeys(("loss_sum", "lr", "best"), ("a finite number", is_number)),
     **dict.fromkeys(("mean", "std"), ("three numbers above 0", lambda x: isinstance(x, list) and len(x) == 3 and all(
-        is_number(y, 0) for y in x))),
-    "scale": ("above 0", lambda x: all(is_number(y, 0) for y in (x if isinstance(x, list) else [x]))),
+        is_number(y, 0, 3e38) for y in x))),
+    "scale": ("above 0, below 3e38", lambda x: all(is_number(y, 0, 3e38) for y in (x if isinstance(x, list) else [x]))),
     "log": ("a list of scores", lambda x: isinstance(x, list) and all(map(are_scores, x))),
     "better": ("'model' or 'ema'", lambda x: isinstance(x, str) and x in ("model", "ema")),
     "zero_is_ignore": ("true or false", lambda x: isinstance(x, bool)),
