@@ -101,7 +101,6 @@ def train(args: Namespace, distributed: Distributed) -> None:
     # The run: first its state, new or resumed, then what wraps the model
     run = Run(args, distributed, train_data, total_steps, model=model, ema=ema, optimizer=optimizer,
               scheduler=scheduler)
-    check_schedule(scheduler, total_steps, distributed.print)
     run.start_or_resume()
     install_signal_handlers(distributed)
     if compiles(args, device):
@@ -477,6 +476,7 @@ class Run:
 
     def start_or_resume(self) -> None:
         """Make OUT and, with --resume, restore its checkpoint. UserError rather than overwrite an earlier run."""
+        check_schedule(self.scheduler, self.total_steps, self.distributed.print)
         path, last = checkpoint_to_resume(self.args), self.out / "last.pt"
         checkpoint = load_checkpoint(path) if path else {}
         seen = self.distributed.all_gather((checkpoint.get("step"), checkpoint.get("config")))
