@@ -65,8 +65,6 @@ def train(args: Namespace, distributed: Distributed) -> None:
     # Data
     train_data, val_data = open_data(args, ("training", "validation"), log=distributed.print)
     classes = train_data.classes
-    if args.data and not common.checkpoint_to_resume(args):
-        train_data.check_labels()
     class_weights = balanced_weights(train_data, args.balance).to(device) if args.balance else None
     train_data.transform, val_data.transform = TrainTransform(args), eval_transform(args.short_side)
     sync_batchnorm = world_size > 1 and device.type == "cuda"
@@ -91,7 +89,6 @@ def train(args: Namespace, distributed: Distributed) -> None:
     # The run: first its state, new or resumed, then what wraps the model
     run = common.Run(args, distributed, (train_data, val_data), args.iters, model=model, ema=None, optimizer=optimizer,
                      scheduler=scheduler)
-    common.check_schedule(scheduler, args.iters, distributed.print)
     run.start_or_resume()
     common.install_signal_handlers(distributed)
     if common.compiles(args, device):
@@ -476,10 +473,14 @@ def open_data(args: Namespace, splits: Iterable[str], known: list[str] | None = 
         return [Scenes(split, {"training": 20_000, "validation": 300}[split]) for split in splits]
     try:
         classes = class_names(args, known)
-        return [LabelledImages(args, split, classes, log) for split in splits]
+        sets = [LabelledImages(args, split, classes, log) for split in splits]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data {args.data}: expected {{images,annotations}}/{{training,validation}} in it, and text "
                         f"in UTF-8: {error}") from None
+    if len(sets) > 1 and not common.checkpoint_to_resume(args):  # for a new run
+        sets[0].check_labels()
+    return sets
+
 
 class ShorterSide(v2.Transform):
     """Resize to a shorter side chosen at random from `low` to `high` pixels, and a longer of at most 4 times that."""

@@ -119,7 +119,6 @@ def train(args: Namespace, distributed: Distributed) -> None:
     # The run: first its state, new or resumed, then what wraps the model
     run = Run(args, distributed, (train_data, val_data), total_steps, model=model, ema=ema, optimizer=optimizer,
               scheduler=scheduler)
-    check_schedule(scheduler, total_steps, distributed.print)
     run.start_or_resume()
     install_signal_handlers(distributed)
     if compiles(args, device):
@@ -500,6 +499,7 @@ class Run:
 
     def start_or_resume(self) -> None:
         """With --resume restore the checkpoint. UserError rather than overwrite an earlier run."""
+        check_schedule(self.scheduler, self.total_steps, self.distributed.print)
         path, last = checkpoint_to_resume(self.args), self.out / "last.pt"
         checkpoint = load_checkpoint(path) if path else {}
         seen = self.distributed.all_gather((checkpoint.get("step"), checkpoint.get("config")))
@@ -745,8 +745,8 @@ STATE = "validated", "loss_sum", "lr", "best", "better", "log"
 BEST = "model", "ema", "better", "best", "step", "config"
 
 
-def is_number(x: object, least: float = -1e300) -> bool:
-    return type(x) in (int, float) and least < x < 1e300
+def is_number(x: object, above: float = -math.inf, below: float = math.inf) -> bool:
+    return type(x) in (int, float) and above < x < below
 
 
 def are_scores(x: object, depth: int = 2) -> bool:
@@ -773,8 +773,8 @@ ENTRIES = {  # of a checkpoint, its config and its parts: what they must be, in 
     **dict.fromkeys(("channels", "aux_channels"), whole(1, 2**15)), "ignore_label": whole(-2**31, 2**31 - 1),
     **dict.fromkeys(("loss_sum", "lr", "best"), ("a finite number", is_number)),
     **dict.fromkeys(("mean", "std"), ("three numbers above 0", lambda x: isinstance(x, list) and len(x) == 3 and all(
-        is_number(y, 0) for y in x))),
-    "scale": ("above 0", lambda x: all(is_number(y, 0) for y in (x if isinstance(x, list) else [x]))),
+        is_number(y, 0, 3e38) for y in x))),
+    "scale": ("above 0, below 3e38", lambda x: all(is_number(y, 0, 3e38) for y in (x if isinstance(x, list) else [x]))),
     "log": ("a list of scores", lambda x: isinstance(x, list) and all(map(are_scores, x))),
     "better": ("'model' or 'ema'", lambda x: isinstance(x, str) and x in ("model", "ema")),
     "zero_is_ignore": ("true or false", lambda x: isinstance(x, bool)),
