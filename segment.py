@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import colorsys
 import contextlib
-import hashlib
 import math
 import os
 import shlex
@@ -36,7 +35,7 @@ from pathlib import Path
 import train as common  # before torch, for which it sets an environment variable
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -283,8 +282,8 @@ def predict(args: Namespace, distributed: Distributed) -> int:
         if stems.setdefault(Path(path).stem, path) != path:
             raise UserError(f"{stems[Path(path).stem]} and {path} would be written to the same file in {out}")
     for path in (out / f"{stem}_{suffix}.png" for stem in stems for suffix in ("labels", "overlay")):
-        if os.path.lexists(path) and not is_prediction(path):
-            raise UserError(f"{path} is not as it was predicted; move it, or choose another --out")
+        if os.path.lexists(path):  # it may have been corrected by hand
+            raise UserError(f"{path} already exists; move it, or choose another --out")
     common.make_folder(out).close()
     mine = list(stems.items())[distributed.rank::distributed.world_size]
     for stem, path in tqdm(mine, unit="image", leave=False, disable=distributed.rank > 0 or None):
@@ -302,24 +301,10 @@ def predict(args: Namespace, distributed: Distributed) -> int:
         labels = v2.functional.to_pil_image(labels.to("cpu", torch.uint8)).convert("P")
         labels.putpalette(palette(first))
         for suffix, picture in ("labels", labels), ("overlay", overlay(image, labels, names)):
-            signature = PngImagePlugin.PngInfo()
-            signature.add_text("Software", digest(picture))
-            common.atomic_write(out / f"{stem}_{suffix}.png",
-                                common.encoded(picture.save, format="PNG", pnginfo=signature))
+            common.atomic_write(out / f"{stem}_{suffix}.png", common.encoded(picture.save, format="PNG"))
     unread, done = distributed.all_reduce([unread, len(mine) - unread])
     distributed.print(f"{done:.0f} label maps (NAME_labels.png) and overlays (NAME_overlay.png) are in {out}")
     return 2 if unread else 0
-
-
-def digest(picture: Image.Image) -> str:
-    return f"segment.py {hashlib.sha256(picture.tobytes()).hexdigest()}"
-
-
-def is_prediction(path: Path) -> bool:
-    """Whether a file is as `predict` wrote it: it may be replaced."""
-    with contextlib.suppress(Exception), Image.open(path, formats=["PNG"]) as picture:
-        return digest(picture) == picture.text["Software"]
-    return False
 
 
 def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Module, Callable]:

@@ -899,32 +899,24 @@ def open_image(path: str | Path, extensions: Iterable[str] = EXTENSIONS) -> Imag
 def find_files(folder: str | Path, extensions: Iterable[str], log: Callable) -> list[str]:
     """The files below a folder whose names have one of the extensions, in order; each once, whatever links lead to it.
     Hidden ones are left out and, with a note, those with another extension. UserError for what is no regular file."""
-    found, others, links = [], [], []
-    seen = {*map(str, Path(os.path.realpath(folder)).parents)}  # a link to one of them leads back here
+    found, others = [], []
+    seen = {*map(str, Path(os.path.realpath(folder)).parents), os.path.realpath(folder)}  # links to these lead back
 
-    def search(folder: str, real: str) -> None:
-        seen.add(real)
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.is_symlink():
-                links.append(entry)
-            else:
-                visit(entry, os.path.join(real, entry.name))
+    def is_new(path: str) -> bool:
+        real = os.path.realpath(path)
+        return real not in seen and not seen.add(real)
 
-    def visit(entry: os.DirEntry, real: str) -> None:
-        if entry.name[0] == "." or real in seen:
-            return
-        if entry.is_dir():
-            return search(entry.path, real)
-        seen.add(real)
-        if Path(entry.name).suffix.lower() not in extensions:
-            others.append(entry.path)
-        elif entry.is_file():
-            found.append(entry.path)
-        else:
-            raise UserError(f"{entry.path} is a pipe, a device or a link to nothing; expected a file")
-    search(os.fspath(folder), os.path.realpath(folder))
-    for link in links:  # after all that is reached without; links in the folders that they lead to are appended
-        visit(link, os.path.realpath(link.path))
+    def stop(error: OSError) -> None:
+        raise error
+    for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if name[0] != "." and is_new(os.path.join(root, name))]
+        for path in (os.path.join(root, name) for name in sorted(names) if name[0] != "."):
+            if Path(path).suffix.lower() not in extensions:
+                others.append(path)
+            elif not os.path.isfile(path):
+                raise UserError(f"{path} is a pipe, a device or a link to nothing; expected a file")
+            elif is_new(path):
+                found.append(path)
     note_left_out(others, "their extensions are not among those that are read", log)
     return sorted(found, key=lambda path: path.split(os.sep))
 
