@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from IPython import display
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for visiongru.py, train.py and segment.py
@@ -201,4 +202,175 @@ def scan_costs(rows, times):
         ax.set(xscale="log", yscale="log", xlabel="length T of the sequence", title=text, xlim=(140, 5e5))
         ax.set_xticks([196, 3136, 65_536], ["196", "3,136", "65,536"])
         ax.minorticks_off()
+    draw(fig)
+
+
+# Notebook 2 -----------------------------------------------------------------------------------------------------------
+
+def costs(names, sizes, seconds, mebibytes, text):
+    """`names`: (words, colour) of each model; seconds and MiB for each (model, size)."""
+    largest = sizes[-1]
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4.2))
+    title(fig, text)
+    for ax, values, what in (axes[0], seconds, "seconds for one image"), (axes[1], mebibytes, "MiB that one image adds"):
+        low, high = math.log(min(values.values())), math.log(max(values.values()))
+        ax.set(xscale="log", yscale="log", xlabel="image size, px", title=what, xlim=(200, 2200))
+        height = -math.inf  # of the last label; the next one keeps clear of it
+        for name in sorted(names, key=lambda name: values[name, largest]):
+            words, colour = names[name]
+            ax.plot(sizes, [values[name, size] for size in sizes], "o-", color=colour)
+            at = 250 * (math.log(values[name, largest]) - low) / (high - low)
+            height = max(at, height + 16)
+            label(ax, largest, values[name, largest], words, colour, dx=8, dy=height - at)
+        ax.set_xticks(sizes, sizes)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+    draw(fig)
+
+
+# Notebook 3 -----------------------------------------------------------------------------------------------------------
+
+def receptive_fields(fields, shares, keep):
+    """`fields`: for each row's name a map for each stage; `shares` of the pixels that hold 90 % of them."""
+    fig, axes = plt.subplots(len(fields), 4, figsize=(9, 2.4 * len(fields)))
+    for row, (name, of_stages) in enumerate(fields.items()):
+        for stage, field in enumerate(of_stages):
+            ax = axes[row, stage]
+            show(ax, (field / field.max()).sqrt(), vmin=0, vmax=1)
+            ax.text(4, len(field) - 5, f"90 % in {shares[name][stage]:.0f} % of the pixels", color="white", fontsize=9)
+            if row == 0:
+                ax.set_title(f"stage {stage + 1}", fontweight="bold")
+        axes[row, 0].set_ylabel(name)
+    title(fig, "The centre sees a streak of its row in stage 1 and most of the scene in stage 4")
+    draw(fig, keep)
+
+
+def memories(reaches, widths, stages):
+    """`reaches`: untrained and trained, for each block the memory of each channel; `widths` of a row."""
+    fig, ax = plt.subplots(figsize=(9, 3.8))
+    title(fig, "Training lengthens some memories and shortens others; only in stage 4 some outlast a row")
+    for name, shift, colour in ("untrained", -0.18, GREY), ("trained", 0.18, BLUE):
+        for k, reach in enumerate(reaches[name]):
+            jitter = [0.24 * (i * 0.618 % 1) - 0.12 for i in range(len(reach))]
+            ax.plot([k + shift + j for j in jitter], reach, ".", color=colour, markersize=3, alpha=0.6)
+    for k, width in enumerate(widths):
+        ax.plot([k - 0.4, k + 0.4], [width, width], color=RED, linewidth=1.5)
+    label(ax, len(stages) - 0.6, width, "one row\nof the map", RED)
+    ax.set(yscale="log", yticks=(1, 2, 4, 8, 16, 32), yticklabels=(1, 2, 4, 8, 16, 32),
+           ylabel="positions until 1/e is left", xticks=range(len(stages)),
+           xticklabels=[f"stage {stage}" + (f"\nblock {stages[:k + 1].count(stage)}" if stages.count(stage) > 1 else "")
+                        for k, stage in enumerate(stages)])
+    ax.minorticks_off()
+    ax.grid(axis="x", visible=False)
+    ax.text(-0.02, 6, "untrained", color=GREY, ha="right")
+    ax.text(0.02, 6, "trained", color=BLUE, ha="left")
+    draw(fig)
+
+
+# Notebook 4 -----------------------------------------------------------------------------------------------------------
+
+def recall_examples(tasks, colours):
+    """`tasks`: for each an image, the answer at each position, and its distance, in a batch of one."""
+    fig, axes = plt.subplots(1, 4, figsize=(9, 2.7))
+    title(fig, "What is shown, and the colour to name at each position")
+    for (task, (images, answers, _)), (left, right) in zip(tasks.items(), (axes[:2], axes[2:])):
+        show(left, images[0].permute(1, 2, 0) + 0.5, f"{task}:\nimage")
+        side = round(answers.shape[1]**0.5)
+        show(right, colours[answers[0].view(side, side)], "\nanswers")
+    draw(fig)
+
+
+def recall_accuracy(tasks, octaves):
+    """`tasks`: for each task and each model the accuracy, in %, at each octave of distance."""
+    styles = ((BLUE, "-", "o"), (BLUE, "--", "s"), (BLUE, ":", "v"), (GREEN, "-", "^"), (RED, "-", "o"),
+              (ORANGE, "-", "s"), (GREY, "-", "D"))
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, width_ratios=(1.6, 1))
+    title(fig, "The scan carries a key as far as its own order goes; kernels end where their arithmetic says")
+    for ax, (task, curves) in zip(axes, tasks.items()):
+        for (name, curve), (colour, line, marker) in zip(curves.items(), styles):
+            ax.plot(range(len(curve)), curve, line, color=colour, marker=marker, markersize=5, label=name)
+        ax.axhline(25, color=GREY, linewidth=1, linestyle=":")
+        ax.set(title=task, ylim=(0, 104), xticks=range(len(curve)))
+        ax.set_xticklabels([octave.replace("-", "–\n") for octave in octaves[:len(curve)]], fontsize=9)
+    label(axes[0], 0, 25, "guessing", GREY, dx=-4, dy=-8, fontsize=9)
+    axes[0].set(xlabel="distance to the key, positions in reading order", ylabel="accuracy, %, mean of five seeds")
+    axes[1].set_xlabel("distance to the key, rows")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=9)
+    draw(fig, keep="4_distance.png")
+
+
+def equals(curves, units, names, colours):
+    """`curves`: the top-1 of each model after each epoch; `units`: for each x axis what an epoch of a model costs."""
+    fig, axes = plt.subplots(1, 3, figsize=(9, 3.8), sharey=True)
+    for ax, (text, per_epoch) in zip(axes, units.items()):
+        for name, curve in curves.items():
+            ends = [per_epoch(name) * epoch for epoch in range(1, len(curve) + 1)]
+            ax.plot(ends, curve, color=colours[name])
+            if ax is axes[0]:
+                label(ax, ends[-1], curve[-1], f"{names[name]} {curve[-1]:.1f}", colours[name],
+                      dy={"convnext": 5, "vit": -6}.get(name, 0), fontsize=9)  # the two are level
+        ax.set(xlabel=text, ylim=(40, 82))
+        if ax is not axes[0]:  # there ViT needs several times as much
+            ax.set(xscale="log", xticks=(3, 10, 30, 100), xticklabels=(3, 10, 30, 100))
+    axes[0].set_ylabel("top-1, %")
+    title(fig, "ResNet is ahead of VisionGRU, and VisionGRU of ConvNeXt, Swin and ViT")
+    draw(fig, keep="4_what_the_recurrence_is_worth.png")
+
+
+def variants(scores, differences):
+    """`scores`: the top-1 of each variant's runs, the unchanged one first; `differences` from it, in words."""
+    fig, ax = plt.subplots(figsize=(9, 3.4))
+    for row, (name, values) in enumerate(scores.items()):
+        colour, middle = GREY if row else BLUE, sum(values) / len(values)
+        ax.plot(values, [row + 0.2 * (k - (len(values) - 1) / 2) for k in range(len(values))], "o", color=colour)
+        ax.plot([middle] * 2, [row - 0.35, row + 0.35], color=colour)
+        text = f"{middle:.1f}" + (f" ({differences[name]})" if name in differences else "")
+        ax.text(max(values) + 0.2, row, text, va="center", fontsize=10)
+    ax.set(yticks=range(len(scores)), yticklabels=scores, xlim=(72, 82), xlabel="top-1 after 12 epochs, %")
+    ax.invert_yaxis()
+    title(fig, "At 48 px no difference is shown between with and without recurrence")
+    draw(fig)
+
+
+def longer(runs, labels, colours):
+    """`runs`: one of 48 epochs, or a stopped one, for each model."""
+    fig, ax = plt.subplots(figsize=(9, 4))
+    for name, run in runs.items():
+        curve, colour = [entry["top1"] for entry in run["log"]], colours.get(name, BLUE)
+        ax.plot(range(1, len(curve) + 1), curve, color=colour,
+                linestyle={"nano, no recurrence": "--", "tiny": ":"}.get(name, "-"))
+        dx, dy = {"nano": (6, -5), "convnext": (6, -4), "tiny": (-80, 24), "vit": (8, 10)}.get(name, (6, 0))
+        text = f"{labels[name]} {curve[-1]:.1f}" + ", stopped" * ("stopped" in run)
+        label(ax, len(curve), curve[-1], text, colour, dx, dy)
+    ax.set(xlabel="epochs", ylabel="top-1, %", ylim=(50, 87), xticks=(12, 24, 36, 48))
+    title(fig, "48 epochs, one seed each: ResNet is ahead; one seed cannot rank with and without recurrence")
+    draw(fig)
+
+
+def of_sizes(scores):
+    """`scores`: for each model and each size of the images the top-1 of its runs."""
+    fig, ax = plt.subplots(figsize=(9, 3.4))
+    for (name, runs), colour, aside in zip(scores.items(), (BLUE, GREY), (0.4, -0.4)):
+        means = {px: sum(runs[px]) / len(runs[px]) for px in sorted(runs)}
+        ax.plot(means.keys(), means.values(), color=colour, marker="_", markersize=16)
+        ax.plot(*zip(*((px + aside, value) for px in runs for value in runs[px])), "o", color=colour)
+        label(ax, 96, means[96], f"{name} {means[96]:.1f}", colour, dx=12)
+    ax.set(xticks=list(means), xticklabels=[f"{px} px:\n{(px // 4)**2} positions" for px in means],
+           ylabel="top-1 after 4 epochs, %", ylim=(62, 70))
+    title(fig, "At 96 px both seeds are ahead with the recurrence; two seeds do not show a difference")
+    draw(fig)
+
+
+def loss_differences(differences):
+    """`differences`: for each kind of run the loss in training with the recurrence less that without, by seed."""
+    fig, ax = plt.subplots(figsize=(9, 3))
+    for k, values in enumerate(differences.values()):
+        ax.plot([k] * len(values), values, "o", color=BLUE)
+        ax.plot([k - 0.2, k + 0.2], [sum(values) / len(values)] * 2, color=BLUE)
+    ax.axhline(0, color=GREY, linewidth=1)
+    ax.set(xticks=range(len(differences)), xticklabels=differences, ylabel="loss with recurrence,\nless without",
+           xlim=(-0.5, len(differences) - 0.5))
+    ax.grid(axis="x", visible=False)
+    title(fig, "The loss in training is lower with the recurrence where sequences are longest; a dot is a seed")
     draw(fig)
