@@ -212,7 +212,8 @@ def costs(names, sizes, seconds, mebibytes, text):
     largest = sizes[-1]
     fig, axes = plt.subplots(1, 2, figsize=(9, 4.2))
     title(fig, text)
-    for ax, values, what in (axes[0], seconds, "seconds for one image"), (axes[1], mebibytes, "MiB that one image adds"):
+    for ax, values, what in ((axes[0], seconds, "seconds for one image"),
+                             (axes[1], mebibytes, "MiB that one image adds")):
         low, high = math.log(min(values.values())), math.log(max(values.values()))
         ax.set(xscale="log", yscale="log", xlabel="image size, px", title=what, xlim=(200, 2200))
         height = -math.inf  # of the last label; the next one keeps clear of it
