@@ -315,7 +315,7 @@ def equals(curves, units, names, colours):
         if ax is not axes[0]:  # there ViT needs several times as much
             ax.set(xscale="log", xticks=(3, 10, 30, 100), xticklabels=(3, 10, 30, 100))
     axes[0].set_ylabel("top-1, %")
-    title(fig, "ResNet is ahead of VisionGRU, and VisionGRU of ConvNeXt, Swin and ViT")
+    title(fig, "ResNet is ahead of VisionGRU, three seeds each; the others, of one seed, are behind")
     draw(fig, keep="4_what_the_recurrence_is_worth.png")
 
 
