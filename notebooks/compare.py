@@ -1,12 +1,13 @@
-"""VisionGRU-nano, its equals and its variants, trained by train.py's and segment.py's own loops; and curves of any run.
+"""VisionGRU-nano, models of its size and variants of it, trained by train.py's and segment.py's own loops.
 
     python notebooks/compare.py --model swin --out runs/swin --data cifar10 --img-size 48 --epochs 12
     python notebooks/compare.py --segment --model swin --out runs/street --data camvid --iters 4000
+    python notebooks/compare.py --recall recall.jsonl            the tasks of notebook 4 that need distance
     python notebooks/compare.py --plot curves.png runs/*/log.jsonl
 
-It takes the options that train.py or, with --segment, segment.py takes to train. A run leaves what theirs leave, and
-OUT.jsonl: a line on what was run, with command, commit and machine; the lines of its log; last its best score, and the
-classes that the weights with that score give the validation images, in their order and computed in float32.
+The first two take the options that train.py or, with --segment, segment.py takes to train. A run leaves what theirs
+leave, and OUT.jsonl: a line on what was run, with command, commit and machine; the lines of its log; last its best
+score, and the classes that the weights with that score give the validation images, in their order and in float32.
 
 The models have 1.7 to 2.0 M parameters with ten classes, but not the same number of multiply-adds. All are trained with
 the recipe of VisionGRU; only the learning rate should be sought for each. "nano, X" is nano with X changed, "X+Y" with
@@ -15,11 +16,13 @@ both. --grad-checkpointing, --compile and --weights are for VisionGRU alone, and
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -30,14 +33,16 @@ import segment  # noqa: E402
 import visiongru  # noqa: E402
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision.models import ConvNeXt, ResNet, SwinTransformer, VisionTransformer  # noqa: E402
 from torchvision.models.convnext import CNBlockConfig  # noqa: E402
 from torchvision.models.resnet import BasicBlock  # noqa: E402
+from torchvision.models.vision_transformer import EncoderBlock  # noqa: E402
 
 
-# Equals ---------------------------------------------------------------------------------------------------------------
+# Models of its size ---------------------------------------------------------------------------------------------------
 
 class Staged(nn.Module):
     """A hierarchical classifier whose stages UPerNet can use as it uses VisionGRU's: `.dims` and `.features`.
@@ -131,10 +136,13 @@ def change(block, number, what):
         block.gru.left.scan = block.gru.right.scan = what
     elif what == "one direction":  # both minGRUs read forwards: as many weights
         block.gru.right.register_forward_pre_hook(lambda gru, inputs, options: (inputs, {}), with_kwargs=True)
-    elif what == "columns in every second block":
-        block.gru = Columns(block.gru) if number % 2 else block.gru
+    elif what == "columns" or what == "columns in every second block":
+        block.gru = Columns(block.gru) if what == "columns" or number % 2 else block.gru
     elif what == "no convolution":
         block.dwconv = nn.Identity()
+    elif what == "7x7":
+        dim = block.dwconv.in_channels
+        block.dwconv = nn.Conv2d(dim, dim, kernel_size=7, padding=3, groups=dim)
     else:
         raise ValueError(what)
 
@@ -153,10 +161,14 @@ def nano(variant, **kw):
     return model
 
 
-# In place of a scan: a = 0, gates and candidates alone.
-visiongru.SCANS["no recurrence"] = lambda a, b, h0=None, reverse=False: b
-VARIANTS = ["no recurrence", "one direction", "columns in every second block", "no convolution",
-            "no convolution+no recurrence", "no overlap", "log", "sequential"]
+def no_recurrence(a, b, h0=None, reverse=False):
+    """In place of a scan: a state is its own gate times its own candidate."""
+    return b
+
+
+visiongru.SCANS["no recurrence"] = no_recurrence
+VARIANTS = ["no recurrence", "no recurrence+7x7", "one direction", "columns", "columns in every second block",
+            "no convolution", "no convolution+no recurrence", "no overlap", "log", "sequential"]
 IMG_SIZE = {"px": 224}  # for which vit is made, and 16 times swin's window; known when the arguments are
 
 train.MODELS |= {
@@ -188,6 +200,16 @@ def processor(device):
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def origin(device, command):
+    """Where numbers come from: command, commit and machine."""
+    count = os.environ.get("WORLD_SIZE")  # as torchrun says
+    launcher = ["torchrun", "--standalone", f"--nproc_per_node={count}"] if count else ["python"]
+    threads = f"{count} processes of " * bool(count) + f"{torch.get_num_threads()} thread(s)"
+    return {"command": shlex.join([*launcher, "notebooks/compare.py", *command]),
+            "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", ":/*.py")),
+            "machine": f"{processor(device)}, {threads}, PyTorch {torch.__version__}"}
+
+
 def make_model(script, args, classes):
     if script is train:
         return train.MODELS[args.model](num_classes=classes)
@@ -198,18 +220,13 @@ def describe(script, args, argv):
     """What is run: a dict of what a table says of a model, and of where the numbers come from."""
     size = args.img_size if script is train else args.crop_size
     [data] = script.open_data(args, ["train" if script is train else "training"])
-    count = os.environ.get("WORLD_SIZE")  # as torchrun says
-    launcher = ["torchrun", "--standalone", f"--nproc_per_node={count}"] if count else ["python"]
-    threads = f"{count} processes of " * bool(count) + f"{torch.get_num_threads()} thread(s)"
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = make_model(script, args, len(data.classes)).eval()
         model(torch.empty(1, 3, size, size))
     return {"model": args.model, "seed": args.seed, "img_size": size, "lr": args.lr,
             "parameters": sum(p.numel() for p in model.parameters()),
             "multiply_adds": counter.get_total_flops() // 2,  # of one image
-            "command": shlex.join([*launcher, "notebooks/compare.py", *argv]),
-            "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", ":/*.py")),
-            "machine": f"{processor(args.device)}, {threads}, PyTorch {torch.__version__}"}
+            **origin(args.device, argv)}
 
 
 @torch.inference_mode()
@@ -243,6 +260,118 @@ def compare(script, argv, command):
     return 0
 
 
+# Recall at a distance -------------------------------------------------------------------------------------------------
+
+SIDE = 32  # positions of 2 x 2 pixels along a side of the image
+COLOURS = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]])
+OCTAVES = [0, *(2**k for k in range(11))]  # of distance: 0, 1, 2-3, 4-7, ..., 512-1023
+
+
+def recall_images(task, count, generator):
+    """Grey noise with coloured keys. -> images (count, 3, 2 SIDE, 2 SIDE), and for each position, (count, SIDE**2) in
+    reading order, the colour of its key and the distance to it.
+
+    "reading order": the last key at or before the position, so many positions before it. The gaps between keys are
+    log-uniform from 4 to 1,000.
+    "top of the column": the top row consists of keys; that of the position's column, so many rows above it.
+    """
+    T = SIDE**2
+    place = torch.arange(T).expand(count, T)
+    if task == "reading order":
+        gaps = 4 * 250 ** torch.rand(count, T // 4, generator=generator)
+        starts = F.pad(gaps.long().cumsum(dim=1), (1, 0)).clamp(max=T)          # of keys; from T on they are outside
+        is_key = torch.zeros(count, T + 1, dtype=torch.bool).scatter(1, starts, True)[:, :T]
+        key = (place * is_key).cummax(dim=1).values
+        distance = place - key
+    else:
+        is_key, key, distance = place < SIDE, place % SIDE, place // SIDE
+    colour = torch.randint(len(COLOURS), (count, T), generator=generator)
+    noise = torch.rand(count, 1, 2 * SIDE, 2 * SIDE, generator=generator)
+    coloured = F.interpolate(COLOURS[colour].unflatten(1, (SIDE, SIDE)).permute(0, 3, 1, 2), scale_factor=2)
+    where = F.interpolate(is_key.view(count, 1, SIDE, SIDE).float(), scale_factor=2) > 0
+    return torch.where(where, coloured, noise) - 0.5, colour.gather(1, key), distance
+
+
+class Recaller(nn.Module):
+    """Patches of 2 x 2 pixels, two blocks, and a linear classifier at each position: (B, 3, H, W) -> (B, T, 4).
+
+    No stage after the first, no pooling and no other connection between positions than the blocks'. `model` is
+    "attention", a ViT's blocks with one head and learned positions, or a variant of VisionGRU's blocks.
+    """
+
+    def __init__(self, model, dim=16):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, dim, kernel_size=2, stride=2), nn.Linear(dim, len(COLOURS))
+        self.attention = model == "attention"
+        if self.attention:
+            self.positions = nn.Parameter(0.02 * torch.randn(SIDE**2, dim))
+            self.blocks = nn.Sequential(*(EncoderBlock(1, dim, 4 * dim, 0.0, 0.0) for _ in range(2)))
+        else:
+            self.blocks = nn.Sequential(*(visiongru.Block(dim) for _ in range(2)))
+            for number, block in enumerate(self.blocks):
+                for what in model.split("+"):
+                    change(block, number, what)
+
+    def forward(self, x):
+        x = self.patches(x).permute(0, 2, 3, 1)
+        if self.attention:
+            return self.head(self.blocks(x.flatten(1, 2) + self.positions))
+        return self.head(self.blocks(x).flatten(1, 2))
+
+
+def recall(task, model, seed, steps=400, batch=8, lr=1e-2):
+    """Train a Recaller. -> a dict: what was run, its loss, a mean for every 20 steps, and its accuracy, in %, at the
+    distances between OCTAVES.
+
+    An answer weighs 1 / (1 + distance) in the loss, so that all octaves of distance weigh about the same. Most
+    positions are far from their key: without weights 400 steps teach nothing.
+    """
+    torch.manual_seed(seed)
+    network, images = Recaller(model), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: train.warmup_cosine(step + 1, steps, steps // 10))
+    losses, began = [], time.perf_counter()
+    for _ in range(steps):
+        x, answer, distance = recall_images(task, batch, images)
+        weight = 1 / (1 + distance)
+        each = F.cross_entropy(network(x).flatten(0, 1), answer.flatten(), reduction="none")
+        loss = (weight.flatten() * each).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    seconds = time.perf_counter() - began
+
+    x, answer, distance = recall_images(task, 1000, torch.Generator().manual_seed(10_000 + seed))
+    with torch.inference_mode():
+        right = torch.cat([network(part).argmax(dim=-1) for part in x.split(50)]) == answer
+    within = [right[(low <= distance) & (distance < high)] for low, high in zip(OCTAVES, OCTAVES[1:])]
+    return {"task": task, "model": model, "seed": seed, "steps": steps, "lr": lr, "seconds": round(seconds, 1),
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "losses": [round(sum(losses[k:k + 20]) / 20, 4) for k in range(0, steps, 20)],
+            "accuracy": [round(100 * some.float().mean().item(), 2) if len(some) else None for some in within]}
+
+
+RECALL_MODELS = ["parallel", "no recurrence", "no recurrence+7x7", "one direction", "columns",
+                 "columns in every second block", "attention"]
+
+
+def recall_all(path, command):
+    """Run both tasks with each model and five seeds; the file gets a line on what was run, and a line for each run."""
+    with open(path, "w") as file:
+        print(json.dumps(origin("cpu", command)), file=file, flush=True)
+        for seed in range(5):
+            for task in "reading order", "top of the column":
+                for model in RECALL_MODELS:
+                    print(json.dumps(recall(task, model, seed), separators=(",", ":")), file=file, flush=True)
+    return 0
+
+
+# Curves, and the command line -----------------------------------------------------------------------------------------
+
 def plot(picture, logs):
     """Draw the training loss and the score of runs, against the steps."""
     import figures
@@ -273,10 +402,13 @@ def main():
     parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                           allow_abbrev=False)
     parser.add_argument("--segment", action="store_true", help="train with segment.py, not with train.py")
+    parser.add_argument("--recall", metavar="LOG", help="train on the tasks that need distance, and write LOG")
     parser.add_argument("--plot", nargs="+", metavar=("PNG", "LOG"), help="draw the curves of runs' log.jsonl")
     ours, argv = parser.parse_known_args()
     if ours.plot:
         return plot(ours.plot[0], ours.plot[1:])
+    if ours.recall:
+        return recall_all(ours.recall, sys.argv[1:])
     return compare(segment if ours.segment else train, argv, sys.argv[1:])
 
 

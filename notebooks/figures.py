@@ -1,11 +1,13 @@
 """How the notebooks' figures look, and the drawing steps that more than one notebook needs."""
 
 import io
+import math
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from IPython import display
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for visiongru.py, train.py and segment.py
@@ -54,3 +56,322 @@ def draw(fig, keep=None):
     if keep:
         Path(keep).write_bytes(small.getvalue())
     display.display(display.Image(small.getvalue()))
+
+
+# Notebook 1 -----------------------------------------------------------------------------------------------------------
+
+def gate_and_state(gate, candidate, state):
+    T = len(gate)
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4.2), sharex=True, height_ratios=(3, 1))
+    title(fig, "Where the gate is open the state follows the candidate; where it is nearly closed it remembers")
+    top.plot(range(T), candidate, "o", color=ORANGE, markersize=4)
+    top.plot(range(T), state, color=BLUE, linewidth=2.5)
+    label(top, T - 1, state[-1], "state $h_t$", BLUE)
+    label(top, T - 1, candidate[-1], "candidate $\\tilde h_t$", ORANGE)
+    bottom.bar(range(T), gate, width=1, color=BLUE)
+    bottom.set(xlabel="position t in the sequence", ylabel="gate $z_t$", ylim=(0, 1), xlim=(-1, T))
+    top.set(ylabel="value")
+    for middle, text in ((5.5, "open"), (23.5, "nearly closed"), (40.5, "open"), (62.5, "nearly closed")):
+        bottom.text(middle, 0.72, text, ha="center", color=GREY)
+    for axis in top, bottom:
+        axis.grid(False)
+        for first, last in (0, 12), (36, 46):
+            axis.axvspan(first - 0.5, last - 0.5, color=GREY, alpha=0.12, linewidth=0)
+    draw(fig)
+
+
+def chunk_levels(levels, R, exact, keep):
+    """`levels`: for each the states of its chunks from zero, and its true states."""
+    T = len(exact)
+    fig, axes = plt.subplots(len(levels), 2, figsize=(9, 1.6 * len(levels)), sharex=True, sharey=True)
+    title(fig, "A chunk's local state is one element of a shorter sequence, whose states are the carries")
+    for level, ((left, right), (down, up)) in enumerate(zip(axes, levels)):
+        width = R**level  # steps that an element stands for
+        is_last = level == len(levels) - 1
+        place = [k * width + (width - 1) / 2 for k in range(len(down))]
+        for ax, values, dark, light in (left, down, ORANGE, "#F6DDA8"), (right, up, BLUE, "#A9CDE4"):
+            colours = [dark if k % R == R - 1 or is_last else light for k in range(len(values))]
+            ax.bar(place, values, width=0.86 * width, color=colours)
+            ax.grid(False)
+            for edge in range(0, T + 1, R * width):
+                ax.axvline(edge - 0.5, color="#BBBBBB", linewidth=0.8)
+        left.set(ylabel=f"{len(down)} elements", xlim=(-0.5, T - 0.5), xticks=[], yticks=[])
+        for ax, tip, tail in (left, -0.17, 0.02), (right, 0.02, -0.17):
+            if not is_last:
+                ax.annotate("", (0.5, tip), (0.5, tail), xycoords="axes fraction", annotation_clip=False,
+                            arrowprops={"arrowstyle": "-|>", "color": GREY, "linewidth": 1.5, "mutation_scale": 16})
+    axes[0, 0].set_title("down: each chunk from zero; its end (dark) goes on")
+    axes[0, 1].set_title("up: each chunk from its carry; dots: the loop")
+    for ax in axes[-1]:
+        ax.set_xlabel("position in the sequence")
+    axes[0, 1].plot(range(T), exact, "o", color=RED, markersize=2.5)
+    fig.get_layout_engine().set(hspace=0.1)
+    draw(fig, keep)
+
+
+def mixing_matrices(matrices, scanned, multiplied, width):
+    """`matrices`: {"left": (T, T), "right": (T, T)} of one channel; the state from the right, found in two ways."""
+    T = len(scanned)
+    fig, axes = plt.subplots(1, 3, figsize=(9, 3.4), width_ratios=(1, 1, 1.1))
+    title(fig, "A channel's scan is a triangular matrix: matrix times candidates gives the same state")
+    for ax, (name, matrix) in zip(axes, matrices.items()):
+        image = ax.imshow(matrix, vmin=0, vmax=1)
+        ax.set(title=f"from the {name}", xlabel="pixel m that sends", xticks=range(0, T, width),
+               yticks=range(0, T, width))
+        ax.set_xticks([row - 0.5 for row in range(width, T, width)], minor=True)
+        ax.set_yticks([row - 0.5 for row in range(width, T, width)], minor=True)
+        ax.grid(False)
+        ax.grid(True, which="minor", color="#666666", linewidth=0.5)
+        ax.tick_params(which="minor", length=0)
+    axes[0].set_ylabel("pixel L that receives")
+    fig.colorbar(image, ax=axes[1], shrink=0.85, label="weight of m in L")
+    axes[2].plot(scanned, color=BLUE)
+    axes[2].plot(multiplied, "o", color=RED, markersize=4)
+    axes[2].set(title="state from the right", xlabel="pixel L", xticks=range(0, T + 1, width),
+                ylim=(0, 1.35 * multiplied.max()), box_aspect=1)
+    for y, text, colour in (0.97, "line: the scan", BLUE), (0.88, "dots: matrix times candidates", RED):
+        axes[2].text(0.03, y, text, color=colour, va="top", fontsize=10, transform=axes[2].transAxes)
+    draw(fig)
+
+
+def influence(forward, backward):
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4), sharex=True, sharey=True)
+    title(fig, "A pixel's influence fades forward; a loss's gradient fades backward, through the same gates")
+    for ax, values, colour, at, text in ((top, forward, BLUE, 12, "a bright pixel at 12: state $h_t$"),
+                                         (bottom, backward, RED, 48, "a loss on $h_{48}$: gradient $G_t$")):
+        ax.bar(range(len(values)), values, width=0.8, color=colour)
+        label(ax, at, 1.0, text, colour, dx=10 if at == 12 else -10, dy=-2, ha="left" if at == 12 else "right")
+        ax.axvspan(37.5, 40.5, color=GREY, alpha=0.15, linewidth=0)
+        ax.grid(False)
+    top.text(39, 1.02, "gates open", color=GREY, ha="center")
+    top.set(ylabel="$h_t$", ylim=(0, 1.15))
+    bottom.set(ylabel="$G_t$", xlabel="position t in the sequence")
+    draw(fig)
+
+
+def agreement(differences):
+    """`differences`: for each form pairs, of values and of gradients, one for each case in float64."""
+    fig, ax = plt.subplots(figsize=(9, 3.4))
+    title(fig, "In float64 every form agrees with the loop; the wrong one does not, beyond two chunks")
+    for row, (name, pairs) in enumerate(differences.items()):
+        colour = {"log": ORANGE, "wrong": RED}.get(name, BLUE)
+        for shift, values, marker in zip((-0.15, 0.15), zip(*pairs), "os"):
+            ax.plot([max(value, 3e-18) for value in values], [row + shift] * len(values), marker, color=colour,
+                    markersize=5, alpha=0.6)
+    ax.set(xscale="log", xlim=(1e-18, 10), ylim=(len(differences) - 0.5, -1), yticks=range(len(differences)),
+           yticklabels=differences, xlabel="largest difference from the loop, relative to the largest number; "
+           "at the left edge: none")
+    ax.axvline(2**-52, color=GREY, linewidth=1, linestyle=":")
+    label(ax, 2**-52, -0.7, "float64's last digit", GREY, dx=4, fontsize=9)
+    label(ax, 1e-8, -0.7, "circles: values; squares: gradients", GREY, dx=0, fontsize=9)
+    draw(fig)
+
+
+def precision(kinds, lengths, errors):
+    """`kinds`: a shift of the gates for each name; `errors`: for (kind, form) one error for each length."""
+    fig, axes = plt.subplots(1, 3, figsize=(9, 3.9), sharey=True)
+    title(fig, "In float32 log-space loses digits as the image grows; real space stays at the last one")
+    for ax, (kind, shift) in zip(axes, kinds.items()):
+        for name, colour in ("log-space", RED), ("real-space (ours)", BLUE):
+            ax.plot(lengths, errors[kind, name], "o-", color=colour, clip_on=False)
+            if ax is axes[1]:
+                label(ax, lengths[2], errors[kind, name][2], name, colour, dx=-14, dy=14, ha="center")
+        ax.axhline(2**-23, color=GREY, linewidth=1, linestyle=":")
+        ax.set(xscale="log", yscale="log", xlabel="length T of the sequence", xlim=(110, 1.2e5), ylim=(3e-8, 0.2),
+               title=f"{kind}\n(median z = {1 / (1 + math.exp(-shift)):.2f})")
+        ax.set_xticks(lengths[::2], [f"{T:,}\n= {round(T**0.5)}²" for T in lengths[::2]])
+        ax.minorticks_off()
+    axes[0].set_ylabel("largest relative error of a state")
+    label(axes[0], lengths[1], 2**-23, "float32's last digit", GREY, dx=0, dy=-8, fontsize=9)
+    draw(fig)
+
+
+def scan_costs(rows, times):
+    """`rows`: of bench.measure_scans; `times`: of each scan's time, in ours, at the greatest length."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4))
+    title(fig, f"Ours takes 1/{times['log']:.0f} of log-space's time and a quarter of its memory; "
+               f"1/{times['sequential']:.0f} of the loop's time")
+    names = {"sequential": ("the loop", GREEN), "log": ("log-space", RED), "parallel": ("ours", BLUE)}
+    for ax, what, scale, text in ((axes[0], "both", 1e3, "forward and backward, ms"),
+                                  (axes[1], "kept", 2**-20, "kept for the backward pass, MiB")):
+        for name, (words, colour) in names.items():
+            points = [(row["T"], scale * row[what]) for row in rows if row["scan"] == name]
+            ax.plot(*zip(*points), "o-", color=colour)
+            if what == "both" or name != "sequential":  # there its name would lie on the line of ours
+                label(ax, *points[-1], words, colour)
+        ax.set(xscale="log", yscale="log", xlabel="length T of the sequence", title=text, xlim=(140, 5e5))
+        ax.set_xticks([196, 3136, 65_536], ["196", "3,136", "65,536"])
+        ax.minorticks_off()
+    draw(fig)
+
+
+# Notebook 2 -----------------------------------------------------------------------------------------------------------
+
+def costs(names, sizes, seconds, mebibytes, text):
+    """`names`: (words, colour) of each model; seconds and MiB for each (model, size)."""
+    largest = sizes[-1]
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4.2))
+    title(fig, text)
+    for ax, values, what in ((axes[0], seconds, "seconds for one image"),
+                             (axes[1], mebibytes, "MiB that one image adds")):
+        low, high = math.log(min(values.values())), math.log(max(values.values()))
+        ax.set(xscale="log", yscale="log", xlabel="image size, px", title=what, xlim=(200, 2200))
+        height = -math.inf  # of the last label; the next one keeps clear of it
+        for name in sorted(names, key=lambda name: values[name, largest]):
+            words, colour = names[name]
+            ax.plot(sizes, [values[name, size] for size in sizes], "o-", color=colour)
+            at = 250 * (math.log(values[name, largest]) - low) / (high - low)
+            height = max(at, height + 16)
+            label(ax, largest, values[name, largest], words, colour, dx=8, dy=height - at)
+        ax.set_xticks(sizes, sizes)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+    draw(fig)
+
+
+# Notebook 3 -----------------------------------------------------------------------------------------------------------
+
+def receptive_fields(fields, shares, keep):
+    """`fields`: for each row's name a map for each stage; `shares` of the pixels that hold 90 % of them."""
+    fig, axes = plt.subplots(len(fields), 4, figsize=(9, 2.4 * len(fields)))
+    for row, (name, of_stages) in enumerate(fields.items()):
+        for stage, field in enumerate(of_stages):
+            ax = axes[row, stage]
+            show(ax, (field / field.max()).sqrt(), vmin=0, vmax=1)
+            ax.text(4, len(field) - 5, f"90 % in {shares[name][stage]:.0f} % of the pixels", color="white", fontsize=9)
+            if row == 0:
+                ax.set_title(f"stage {stage + 1}", fontweight="bold")
+        axes[row, 0].set_ylabel(name)
+    title(fig, "The centre sees a streak of its row in stage 1 and most of the scene in stage 4")
+    draw(fig, keep)
+
+
+def memories(reaches, widths, stages):
+    """`reaches`: untrained and trained, for each block the memory of each channel; `widths` of a row."""
+    fig, ax = plt.subplots(figsize=(9, 3.8))
+    title(fig, "Training lengthens some memories and shortens others; only in stage 4 some outlast a row")
+    for name, shift, colour in ("untrained", -0.18, GREY), ("trained", 0.18, BLUE):
+        for k, reach in enumerate(reaches[name]):
+            jitter = [0.24 * (i * 0.618 % 1) - 0.12 for i in range(len(reach))]
+            ax.plot([k + shift + j for j in jitter], reach, ".", color=colour, markersize=3, alpha=0.6)
+    for k, width in enumerate(widths):
+        ax.plot([k - 0.4, k + 0.4], [width, width], color=RED, linewidth=1.5)
+    label(ax, len(stages) - 0.6, width, "one row\nof the map", RED)
+    ax.set(yscale="log", yticks=(1, 2, 4, 8, 16, 32), yticklabels=(1, 2, 4, 8, 16, 32),
+           ylabel="positions until 1/e is left", xticks=range(len(stages)),
+           xticklabels=[f"stage {stage}" + (f"\nblock {stages[:k + 1].count(stage)}" if stages.count(stage) > 1 else "")
+                        for k, stage in enumerate(stages)])
+    ax.minorticks_off()
+    ax.grid(axis="x", visible=False)
+    ax.text(-0.02, 6, "untrained", color=GREY, ha="right")
+    ax.text(0.02, 6, "trained", color=BLUE, ha="left")
+    draw(fig)
+
+
+# Notebook 4 -----------------------------------------------------------------------------------------------------------
+
+def recall_examples(tasks, colours):
+    """`tasks`: for each an image, the answer at each position, and its distance, in a batch of one."""
+    fig, axes = plt.subplots(1, 4, figsize=(9, 2.7))
+    title(fig, "What is shown, and the colour to name at each position")
+    for (task, (images, answers, _)), (left, right) in zip(tasks.items(), (axes[:2], axes[2:])):
+        show(left, images[0].permute(1, 2, 0) + 0.5, f"{task}:\nimage")
+        side = round(answers.shape[1]**0.5)
+        show(right, colours[answers[0].view(side, side)], "\nanswers")
+    draw(fig)
+
+
+def recall_accuracy(tasks, octaves):
+    """`tasks`: for each task and each model the accuracy, in %, at each octave of distance."""
+    styles = ((BLUE, "-", "o"), (BLUE, "--", "s"), (BLUE, ":", "v"), (GREEN, "-", "^"), (RED, "-", "o"),
+              (ORANGE, "-", "s"), (GREY, "-", "D"))
+    fig, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, width_ratios=(1.6, 1))
+    title(fig, "The scan carries a key as far as its own order goes; kernels end where their arithmetic says")
+    for ax, (task, curves) in zip(axes, tasks.items()):
+        for (name, curve), (colour, line, marker) in zip(curves.items(), styles):
+            ax.plot(range(len(curve)), curve, line, color=colour, marker=marker, markersize=5, label=name)
+        ax.axhline(25, color=GREY, linewidth=1, linestyle=":")
+        ax.set(title=task, ylim=(0, 104), xticks=range(len(curve)))
+        ax.set_xticklabels([octave.replace("-", "–\n") for octave in octaves[:len(curve)]], fontsize=9)
+    label(axes[0], 0, 25, "guessing", GREY, dx=-4, dy=-8, fontsize=9)
+    axes[0].set(xlabel="distance to the key, positions in reading order", ylabel="accuracy, %, mean of five seeds")
+    axes[1].set_xlabel("distance to the key, rows")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=9)
+    draw(fig, keep="4_distance.png")
+
+
+def equals(curves, units, names, colours):
+    """`curves`: the top-1 of each model after each epoch; `units`: for each x axis what an epoch of a model costs."""
+    fig, axes = plt.subplots(1, 3, figsize=(9, 3.8), sharey=True)
+    for ax, (text, per_epoch) in zip(axes, units.items()):
+        for name, curve in curves.items():
+            ends = [per_epoch(name) * epoch for epoch in range(1, len(curve) + 1)]
+            ax.plot(ends, curve, color=colours[name])
+            if ax is axes[0]:
+                label(ax, ends[-1], curve[-1], f"{names[name]} {curve[-1]:.1f}", colours[name],
+                      dy={"convnext": 5, "vit": -6}.get(name, 0), fontsize=9)  # the two are level
+        ax.set(xlabel=text, ylim=(40, 82))
+        if ax is not axes[0]:  # there ViT needs several times as much
+            ax.set(xscale="log", xticks=(3, 10, 30, 100), xticklabels=(3, 10, 30, 100))
+    axes[0].set_ylabel("top-1, %")
+    title(fig, "ResNet is ahead of VisionGRU, three seeds each; the others, of one seed, are behind")
+    draw(fig, keep="4_what_the_recurrence_is_worth.png")
+
+
+def variants(scores, differences):
+    """`scores`: the top-1 of each variant's runs, the unchanged one first; `differences` from it, in words."""
+    fig, ax = plt.subplots(figsize=(9, 3.4))
+    for row, (name, values) in enumerate(scores.items()):
+        colour, middle = GREY if row else BLUE, sum(values) / len(values)
+        ax.plot(values, [row + 0.2 * (k - (len(values) - 1) / 2) for k in range(len(values))], "o", color=colour)
+        ax.plot([middle] * 2, [row - 0.35, row + 0.35], color=colour)
+        text = f"{middle:.1f}" + (f" ({differences[name]})" if name in differences else "")
+        ax.text(max(values) + 0.2, row, text, va="center", fontsize=10)
+    ax.set(yticks=range(len(scores)), yticklabels=scores, xlim=(72, 82), xlabel="top-1 after 12 epochs, %")
+    ax.invert_yaxis()
+    title(fig, "At 48 px no difference is shown between with and without recurrence")
+    draw(fig)
+
+
+def longer(runs, labels, colours):
+    """`runs`: one of 48 epochs, or a stopped one, for each model."""
+    fig, ax = plt.subplots(figsize=(9, 4))
+    for name, run in runs.items():
+        curve, colour = [entry["top1"] for entry in run["log"]], colours.get(name, BLUE)
+        ax.plot(range(1, len(curve) + 1), curve, color=colour,
+                linestyle={"nano, no recurrence": "--", "tiny": ":"}.get(name, "-"))
+        dx, dy = {"nano": (6, -5), "convnext": (6, -4), "tiny": (-80, 24), "vit": (8, 10)}.get(name, (6, 0))
+        text = f"{labels[name]} {curve[-1]:.1f}" + ", stopped" * ("stopped" in run)
+        label(ax, len(curve), curve[-1], text, colour, dx, dy)
+    ax.set(xlabel="epochs", ylabel="top-1, %", ylim=(50, 87), xticks=(12, 24, 36, 48))
+    title(fig, "48 epochs, one seed each: ResNet is ahead; one seed cannot rank with and without recurrence")
+    draw(fig)
+
+
+def of_sizes(scores):
+    """`scores`: for each model and each size of the images the top-1 of its runs."""
+    fig, ax = plt.subplots(figsize=(9, 3.4))
+    for (name, runs), colour, aside in zip(scores.items(), (BLUE, GREY), (0.4, -0.4)):
+        means = {px: sum(runs[px]) / len(runs[px]) for px in sorted(runs)}
+        ax.plot(means.keys(), means.values(), color=colour, marker="_", markersize=16)
+        ax.plot(*zip(*((px + aside, value) for px in runs for value in runs[px])), "o", color=colour)
+        label(ax, 96, means[96], f"{name} {means[96]:.1f}", colour, dx=12)
+    ax.set(xticks=list(means), xticklabels=[f"{px} px:\n{(px // 4)**2} positions" for px in means],
+           ylabel="top-1 after 4 epochs, %", ylim=(62, 70))
+    title(fig, "At 96 px both seeds are ahead with the recurrence; two seeds do not show a difference")
+    draw(fig)
+
+
+def loss_differences(differences):
+    """`differences`: for each kind of run the loss in training with the recurrence less that without, by seed."""
+    fig, ax = plt.subplots(figsize=(9, 3))
+    for k, values in enumerate(differences.values()):
+        ax.plot([k] * len(values), values, "o", color=BLUE)
+        ax.plot([k - 0.2, k + 0.2], [sum(values) / len(values)] * 2, color=BLUE)
+    ax.axhline(0, color=GREY, linewidth=1)
+    ax.set(xticks=range(len(differences)), xticklabels=differences, ylabel="loss with recurrence,\nless without",
+           xlim=(-0.5, len(differences) - 0.5))
+    ax.grid(axis="x", visible=False)
+    title(fig, "The loss in training is lower with the recurrence where sequences are longest; a dot is a seed")
+    draw(fig)
