@@ -16,7 +16,6 @@ both. --grad-checkpointing, --compile and --weights are for VisionGRU alone, and
 
 import argparse
 import json
-import math
 import os
 import platform
 import shlex
