@@ -6,7 +6,8 @@
 
 The paper: Yin et al., "VisionGRU: A Linear-Complexity RNN Model for Efficient Image Analysis", arXiv 2412.18178; its
 official code: github.com/YangLiu9208/VisionGRU. minGRU: Feng et al., arXiv 2410.01201. The log-space scan: Heinsen,
-arXiv 2311.06281. UPerNet: Xiao et al., arXiv 1807.10221. This implementation is independent, under the MIT license.
+arXiv 2311.06281. UPerNet: Xiao et al., arXiv 1807.10221. This implementation is independent, under the MIT license. It
+needs Python 3.10, PyTorch 2.6 and torchvision 0.21, or newer.
 
 Read it from top to bottom:
 
@@ -17,9 +18,9 @@ Read it from top to bottom:
     5. VisionGRU: the hierarchy of four stages, and its named sizes
     6. UPerNet: a class for every pixel, from the maps of the four stages
     7. load_weights, for our checkpoints and those of the paper's authors
-    8. what makes it fast and exportable: minGRU's own gradient, tiles, a scan for a range of lengths
+    8. what makes it fast and exportable: minGRU's own gradient, tiles, a scan for torch.export with dynamic sizes
 
-Notation, in the code and in the papers:
+Notation:
 
     B        images, or sequences, in a batch
     T        length of a sequence; for an image T = H W, its pixels row after row (raster order)
@@ -27,16 +28,17 @@ Notation, in the code and in the papers:
     C, dim   channels of a feature map (the paper's D at stage 1, then 2D, 4D, 8D)
     K        classes, of images or of pixels
     E        hidden width of a minGRU, E = expansion * dim
-    z, h~    the gate in (0, 1), and the candidate, never negative, that it lets in
+    z, h~    the update gate in (0, 1), and the candidate state >= 0
     u        the pre-activations of both, W_h x and W_z x concatenated: (B, T, 2E)
     a, b     coefficients of the recurrence; in minGRU a = 1 - z and b = z * h~
     h, h0    the state, and the state before the first step
 
 Feature maps are (B, H, W, C) inside the blocks, where LayerNorm, linear layers and scans want channels last. Viewed as
-(B, C, H, W), the same memory is in the channels_last format that convolutions like: every permute below is a view.
+(B, C, H, W), the same memory is in the channels_last format that convolutions like, so no permute leads to a copy.
 Weights are initialised by PyTorch's defaults.
 """
 
+import math
 import os
 import re
 import warnings
@@ -55,7 +57,7 @@ from torchvision.ops import Conv2dNormActivation, StochasticDepth
 #
 # Three functions with one signature: a and b are (..., T, E), h0 is (..., E) or None for zero, and the result is every
 # h_t, (..., T, E). With reverse=True time runs from the last element to the first, h_t = a_t h_{t+1} + b_t, and h0 is
-# the state beyond the last element. They raise ValueError if the shapes are others, or T is 0.
+# the state beyond the last element. They raise ValueError for any other shapes, or if T is 0.
 
 def scan_sequential(a: Tensor, b: Tensor, h0: Tensor | None = None, reverse: bool = False) -> Tensor:
     """The definition, one step after another: T steps, each on (..., E)."""
@@ -73,22 +75,24 @@ def scan_log(a: Tensor, b: Tensor, h0: Tensor | None = None, reverse: bool = Fal
 
         h_t = A_t sum_{s<=t} b_s / A_s = exp(log A_t + logcumsumexp_{s<=t}(log b_s - log A_s)).
 
-    It needs a, b, h0 >= 0, and is here for comparison: |log A_t| grows with t, and float32 rounds it to one part in
-    10^7. The absolute error of the logarithm is the relative error of h_t, about 1e-2 at T = 65,536.
+    It needs a, b, h0 >= 0, and takes what is negative for 0. It is here for comparison: |log A_t| grows with t, and
+    float32 rounds it to one part in 10^7. The absolute error of the logarithm is the relative error of h_t, about 1e-2
+    at T = 65,536.
     """
     _check_shapes(a, b, h0)
     if reverse:
         return scan_log(a.flip(-2), b.flip(-2), h0).flip(-2)
     if h0 is not None:
         b = torch.cat([torch.addcmul(b[..., :1, :], a[..., :1, :], h0.unsqueeze(-2)), b[..., 1:, :]], dim=-2)
-    dtype, a, b = b.dtype, _at_least_float32(a), _at_least_float32(b)  # float16 cannot hold log A_t
+    dtype = b.dtype
+    a, b = _at_least_float32(a), _at_least_float32(b)  # float16 cannot hold log A_t
     tiny = torch.finfo(a.dtype).tiny  # in place of 0, whose logarithm would lead to inf - inf
     log_A = a.clamp_min(tiny).log().cumsum(dim=-2)
     return (log_A + torch.logcumsumexp(b.clamp_min(tiny).log() - log_A, dim=-2)).exp().to(dtype)
 
 
 def scan_parallel(a: Tensor, b: Tensor, h0: Tensor | None = None, reverse: bool = False) -> Tensor:
-    """A chunked associative scan (Blelloch, 1990): O(T) work in O(log T) operations, 100 for T = 3,136.
+    """A chunked associative scan (Blelloch, 1990): O(T) arithmetic in O(log T) tensor operations, 100 for T = 3,136.
 
     With 0 <= a <= 1, b >= 0 and h0 >= 0 nothing overflows and nothing cancels: in float32 it is as accurate as the
     sequential form, at any length.
@@ -116,7 +120,8 @@ def _chunked_scan(a, b, h0, reverse, emit, inputs=()):
     Returns all that was emitted, concatenated, (..., T, E * length of the tuple), and the state after the last step.
     """
     T = b.shape[-2]
-    # The longest chunk that divides T. If none does, the last chunk is padded with a = 1 and b = 0, which keep a state.
+    # The longest chunk, of 4 steps or more, that divides T. If none does, the last of the longest chunks is padded with
+    # a = 1 and b = 0, which leave a state as it is.
     chunk = T if T <= CHUNK else ([n for n in range(CHUNK, 3, -1) if T % n == 0] or [CHUNK])[0]
     if T % chunk:
         padding = (0, 0, 0, -T % chunk)
@@ -147,8 +152,8 @@ def _in_scan_order(tensors, reverse):
     """The steps of tensors (..., T, width): T tuples of (..., width), in the order of the scan."""
     if not reverse:
         return list(zip(*(x.unbind(-2) for x in tensors)))
-    # By another operation than above: torch.compile stores what a scan and its gradient, which runs in the opposite
-    # direction, compute by the same operations. For a minGRU of stage 1, batch 128, that would be 0.7 GB more.
+    # Not by unbind. A scan and its gradient run in opposite directions; if both sliced by the same operation,
+    # torch.compile would save the slices for backward: 0.7 GB for a minGRU of stage 1, batch 128.
     return [tuple(x.select(-2, t) for x in tensors) for t in reversed(range(tensors[0].shape[-2]))]
 
 
@@ -185,8 +190,9 @@ class MinGRU(nn.Module):
     Args:
         dim: width of the inputs and outputs.
         expansion: hidden width E as a multiple of dim.
-        scan: "parallel", "log" or "sequential": how the recurrence is computed. The results agree up to rounding.
-            Forward-mode derivatives (torch.func.jvp and hessian) need one of the last two.
+        scan: "parallel", "log" or "sequential": how the recurrence is computed. The results agree up to rounding, which
+            is coarser for "log"; that one also needs h0 >= 0. Forward-mode derivatives (torch.func.jvp and hessian)
+            need one of the last two.
     Raises:
         ValueError: an unknown scan, or a width that is not a positive integer.
     """
@@ -196,9 +202,10 @@ class MinGRU(nn.Module):
         if scan not in SCANS:
             raise ValueError(f"scan is {scan!r}; expected one of {', '.join(map(repr, SCANS))}")
         _check_positive_integers(dim=dim)
-        if dim * expansion < 1 or dim * expansion % 1:
+        fraction = dim * expansion % 1
+        if dim * expansion < 1 or not min(fraction, 1 - fraction) < 1e-6:  # 100 * 1.1 is not quite 110
             raise ValueError(f"expansion is {expansion}; expected dim * expansion to be a positive integer")
-        self.scan, self.hidden = scan, int(dim * expansion)
+        self.scan, self.hidden = scan, round(dim * expansion)
         self.in_proj = nn.Linear(dim, 2 * self.hidden, bias=False)
         self.out_proj = nn.Identity() if expansion == 1 else nn.Linear(self.hidden, dim, bias=False)
 
@@ -214,7 +221,8 @@ class MinGRU(nn.Module):
         else:
             a, b = coefficients(u)
             h = SCANS[self.scan](a, b, h0, reverse)
-            h, last = h.to(u.dtype), h[..., 0 if reverse else -1, :].clone()
+            last = h[..., 0 if reverse else -1, :].clone()  # a view would keep all of h in memory
+            h = h.to(u.dtype)
         return self.out_proj(h), last
 
     def step(self, x_t: Tensor, h: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -232,10 +240,10 @@ def coefficients(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gate_and_candidate(u: Tensor) -> tuple[Tensor, Tensor]:
-    """u (..., 2E) -> z = sigmoid(W_z x) and h~ = g(W_h x), both (..., E)."""
+    """u (..., 2E), as above -> z = sigmoid(W_z x) and h~ = g(W_h x), both (..., E)."""
     v, w = _at_least_float32(u).chunk(2, dim=-1)
     positive = torch.relu(v)
-    return torch.sigmoid(w), positive + torch.sigmoid(v - positive)  # g(v) without a branch; torch.where is slow on CPU
+    return torch.sigmoid(w), positive + torch.sigmoid(v - positive)  # g(v) without a branch: v - positive is min(v, 0)
 
 
 def decay(u: Tensor) -> Tensor:
@@ -247,12 +255,14 @@ def decay(u: Tensor) -> Tensor:
 # 3. 2DGRU -------------------------------------------------------------------------------------------------------------
 
 class GRU2D(nn.Module):
-    """The paper's bidirectional 2DGRU (eq. 9-11). Each position L of the raster order receives
+    """The paper's bidirectional 2DGRU (eq. 9-11): the pixels in raster order, one sequence, scanned from both ends. The
+    states at pixel t are
 
-        from the left    sum_{m <= L} [prod_{k=m+1..L} (1 - z_k)] z_m h~_m      through `left`, and
-        from the right   sum_{m >= L} [prod_{k=L..m-1} (1 - z_k)] z_m h~_m      through `right`,
+        in `left`     sum_{s <= t} [prod_{k=s+1..t} (1 - z_k)] z_s h~_s,    and
+        in `right`    sum_{s >= t} [prod_{k=t..s-1} (1 - z_k)] z_s h~_s,
 
-    each with gates and candidates of its own; the two outputs are added. (B, H, W, C) -> (B, H, W, C), any H and W.
+    each with gates and candidates of its own; each is multiplied by its own W_o, and the two are added.
+    (B, H, W, C) -> (B, H, W, C), any H and W.
     """
 
     def __init__(self, dim: int, expansion: float = 2, scan: str = "parallel"):
@@ -261,11 +271,11 @@ class GRU2D(nn.Module):
         self.right = MinGRU(dim, expansion, scan)
 
     def forward(self, x: Tensor) -> Tensor:
-        def scan(sequence):
+        def both_ways(sequence):
             return self.left(sequence)[0] + self.right(sequence, reverse=True)[0]
 
         sequence = x.flatten(1, 2)                                              # (B, H*W, C), raster order
-        return _in_tiles(scan, sequence).view_as(x)                             # scan(sequence), see section 8
+        return _in_tiles(both_ways, sequence).view_as(x)                        # both_ways(sequence), see section 8
 
 
 # 4. Around it: block, stem, downsampling ------------------------------------------------------------------------------
@@ -284,7 +294,8 @@ class Block(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
         self.gru = GRU2D(dim, expansion, scan)
         self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.ffn = nn.Sequential(nn.Linear(dim, int(mlp_ratio * dim)), nn.GELU(), nn.Linear(int(mlp_ratio * dim), dim))
+        hidden = round(mlp_ratio * dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -333,7 +344,7 @@ class VisionGRU(nn.Module):
         drop_path: stochastic depth, the probability for the last block; it grows linearly from 0 at the first.
         scan: "parallel", "log" or "sequential", as in `MinGRU`; all have the same parameters and results.
         grad_checkpointing: in training, save only the inputs of stem, blocks and downsamplings, and recompute the rest
-            in backward: half the memory for a fifth more time.
+            in backward: on a CPU, tiny at 224 px, half the memory for a fifth more time.
     Raises:
         ValueError: an argument is out of range.
     """
@@ -347,7 +358,7 @@ class VisionGRU(nn.Module):
         if not isinstance(dim, int) or dim < 2 or dim % 2:
             raise ValueError(f"dim is {dim}; expected an even number of at least 2 (the stem starts with half of it)")
         _check_positive_integers(num_classes=num_classes)
-        if mlp_ratio * dim < 1:
+        if not 1 <= mlp_ratio * dim < math.inf:
             raise ValueError(f"mlp_ratio is {mlp_ratio}; expected mlp_ratio * dim to be at least 1")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path is {drop_path}; expected a probability of at least 0 and below 1")
@@ -365,8 +376,9 @@ class VisionGRU(nn.Module):
         """x (B, 3, H, W) -> the outputs of the four stages, (B, C_i, H_i, W_i), with C_i = dim, 2 dim, 4 dim, 8 dim and
         1/4, 1/8, 1/16, 1/32 of the image's size, rounded up. They are not normalised.
 
-        H and W are at least 32 (33 where torch.export is given a range). Any floating-point dtype is accepted and cast
-        to that of the parameters. Raises ValueError for other images.
+        H and W are at least 32, the stride of stage 4 (33 in a range for torch.export, which takes sizes of 1, as the
+        last map has at 32, for constants). Any floating-point dtype is accepted and cast to that of the parameters.
+        Raises ValueError for other images.
         """
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] < 32 or x.shape[3] < 32:
             raise ValueError(f"images have shape {tuple(x.shape)}; expected (B, 3, H, W), H and W at least 32")
@@ -432,7 +444,7 @@ class UPerHead(nn.Module):
         *finer, last = maps
         pooled = [resize_to(pool(last), last.shape[2:]) for pool in self.psp_modules]
         pyramid = [self.bottleneck(torch.cat([last, *pooled], dim=1))]
-        for lateral, x in zip(reversed(self.lateral_convs), reversed(finer)):
+        for lateral, x in zip(reversed(self.lateral_convs), reversed(finer)):   # coarse to fine
             pyramid.insert(0, lateral(x) + resize_to(pyramid[0], x.shape[2:]))
         pyramid[:-1] = [conv(x) for conv, x in zip(self.fpn_convs, pyramid)]
         x = self.fpn_bottleneck(torch.cat([resize_to(x, pyramid[0].shape[2:]) for x in pyramid], dim=1))
@@ -470,8 +482,8 @@ class UPerNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """x (B, 3, H, W), as for `VisionGRU.features` -> logits (B, K, H, W); in training also those of the auxiliary
-        head. A training batch needs at least two images: the coarsest pooling leaves one number per image and channel,
-        and BatchNorm takes the variance of these.
+        head, whose loss is usually weighted by 0.4. A training batch needs at least two images: the coarsest pooling
+        leaves one number per image and channel, and BatchNorm takes the variance of these.
         """
         maps = self.backbone.features(x)
         logits = resize_to(self.decode_head(maps), x.shape[2:])
@@ -506,7 +518,7 @@ _RELEASE_NAMES = [
 def read_checkpoint(path: str | os.PathLike) -> object:
     """What torch.save wrote to a file, with its checksums verified and no code in it executed.
 
-    Raises OSError if the file cannot be opened, and ValueError, whose message does not repeat the path, otherwise.
+    Raises OSError if the file cannot be opened, and ValueError if it is not such a file.
     """
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load ignores the checksums
@@ -519,27 +531,29 @@ def read_checkpoint(path: str | os.PathLike) -> object:
             raise ValueError("it holds Python objects, and loading those executes code. If you trust the file, keep "
                              "its tensors: torch.save(torch.load(FILE, weights_only=False)[KEY], NEW_FILE), where KEY "
                              "is usually 'model' or 'state_dict'") from None
-        raise ValueError("it was not written by torch.save, or it is damaged") from None
+        raise ValueError("it was not written by torch.save, or it is damaged") from error
 
 
 def extract_state_dict(checkpoint: object) -> dict[str, Tensor]:
     """The weights in a checkpoint, under this file's parameter names.
 
-    `checkpoint` is a state dict, of this file's models or of the authors' release, or a dict that holds one as "ema"
-    (the moving average), "model" or "state_dict", or under the key that its entry "better" names. Raises ValueError if
-    there are no weights, or if one is anything but a dense tensor of finite floating-point numbers.
+    `checkpoint` is a state dict, of this file's models or of the authors' release, or a dict that holds one: under the
+    key that its entry "better" names, as train.py writes it, or else the first of "ema", "model_ema", "state_dict_ema"
+    (moving averages), "model" and "state_dict". Raises ValueError if there are no weights, or if one is anything but a
+    dense tensor of finite floating-point numbers.
     """
     state = checkpoint if isinstance(checkpoint, dict) else {}
-    for key in str(state.get("better")), "ema", "model", "state_dict":
+    for key in str(state.get("better")), "ema", "model_ema", "state_dict_ema", "model", "state_dict":
         if isinstance(state.get(key), dict) and state[key]:
             state = state[key]
             break
-    state = {str(key): value for key, value in state.items() if isinstance(value, Tensor) and key != "n_averaged"}
+    state = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    state.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
     if not state:
         raise ValueError("it holds no weights; expected a dict of parameter names and tensors")
     for key, value in state.items():
-        number = value.is_floating_point() or key.endswith("num_batches_tracked")  # BatchNorm's counter
-        if not number or value.layout != torch.strided or not value.isfinite().all():
+        is_number = value.is_floating_point() or key.endswith("num_batches_tracked")  # BatchNorm's counter
+        if not is_number or value.layout != torch.strided or not value.isfinite().all():
             raise ValueError(f"{key} is not a dense tensor of finite floating-point numbers")
     for pattern, ours in _RELEASE_NAMES:
         state = {re.sub(pattern, ours, key): value for key, value in state.items()}
@@ -558,13 +572,11 @@ def load_weights(model: nn.Module, source: str | os.PathLike | dict) -> nn.Modul
     Raises OSError or ValueError as `read_checkpoint` and `extract_state_dict` do, and ValueError, listing what does not
     fit, for the weights of another model. The model is then unchanged.
     """
-    if isinstance(source, (str, os.PathLike)):
-        try:
-            return load_weights(model, read_checkpoint(source))
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(source)}: {error}") from None
-
-    state, expected = extract_state_dict(source), model.state_dict()
+    is_path, expected = isinstance(source, (str, os.PathLike)), model.state_dict()
+    try:
+        state = extract_state_dict(read_checkpoint(source) if is_path else source)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(source)}: {error}" if is_path else str(error)) from error
     if "stem.conv1.weight" in expected and "backbone.stem.conv1.weight" in state:  # a segmentation model's backbone
         state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     elif "backbone.stem.conv1.weight" in expected and "stem.conv1.weight" in state:
@@ -636,19 +648,21 @@ class _MinGRUScan(torch.autograd.Function):
             return (Gz * slope).to(u.dtype), (Gz * a * (candidate - h_before)).to(u.dtype)
 
         u, h, h0 = ctx.saved_tensors
-        # decay(u), by another operation than in forward: what both compute alike, torch.compile stores for backward.
+        # decay(u), spelled differently from forward for the reason given in _in_scan_order.
         a = torch.sigmoid(-_at_least_float32(u[..., h.shape[-1]:]))
-        h_before = F.pad(h, (0, 0, -1, 1) if ctx.reverse else (0, 0, 1, -1))  # shifted by a step, from h0 or zero
+        # h_{t-1}: h shifted by a step (a negative pad crops), with h0 in the gap. torch.compile fuses pads, not cat.
+        h_before = F.pad(h, (0, 0, -1, 1) if ctx.reverse else (0, 0, 1, -1))
         if h0 is not None:
             T, h0 = h.shape[-2], h0.unsqueeze(-2).to(h.dtype)
             h_before = h_before + F.pad(h0, (0, 0, T - 1, 0) if ctx.reverse else (0, 0, 0, T - 1))
         du, dh0 = _chunked_scan(a, a * grad, grad_last, not ctx.reverse, emit, (u, a, h_before, grad))
-        return du, dh0 if ctx.needs_input_grad[1] else None, None
+        return du, (dh0 if ctx.needs_input_grad[1] else None), None
 
 
 def _in_tiles(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), on a CPU in tiles of a few images, of about 2**20 elements each: the hidden activations, four times
-    as many, then stay in the cache, which saves a tenth of the time of stage 1 at 224 px, batch 8."""
+    as many, then stay in the cache, which saves a tenth of the time of stage 1 at 224 px, batch 8. (So a hook on a
+    MinGRU sees one tile at a time.)"""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= 2**20:
         return function(x)
     return torch.cat([function(tile) for tile in x.split(max(1, 2**20 // x[0].numel()))])
