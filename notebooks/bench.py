@@ -258,14 +258,15 @@ def scan_table(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def photographs(folder, count):
-    """`count` JPEG files of 500 x 375 pixels and about 100 KB, as ImageNet has on average, in folder/train/<class>."""
+    """`count` JPEG files of 500 x 375 pixels and about 100 KB, as ImageNet has on average, in folder/train/{a,b}."""
     from torchvision.io import write_jpeg
-    (folder / "train" / "class").mkdir(parents=True)
+    for name in "ab":
+        (folder / "train" / name).mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
         shapes, noise = (torch.rand(1, 3, *size, generator=generator) for size in ((12, 16), (375, 500)))
         image = F.interpolate(shapes, (375, 500), mode="bicubic") + 0.28 * (noise - 0.5)
-        write_jpeg((255 * image[0]).clamp(0, 255).byte(), str(folder / "train" / "class" / f"{i}.jpg"), quality=85)
+        write_jpeg((255 * image[0]).clamp(0, 255).byte(), str(folder / "train" / "ab"[i % 2] / f"{i}.jpg"), quality=85)
 
 
 def torchvision_recipe(tensors):
