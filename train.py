@@ -937,7 +937,7 @@ def read_image(path: str | Path) -> Image.Image:
                 image.load()
                 kind = image.format
                 with contextlib.suppress(Exception):  # damaged EXIF data: the picture is as good as before
-                    image = ImageOps.exif_transpose(image)
+                    ImageOps.exif_transpose(image, in_place=True)
                 # PIL opens some files of 16-bit grey as 32-bit "I", and its conversion turns all but the darkest white.
                 if image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM"):
                     return image.convert("I").point(lambda value: value / 256).convert("RGB")
@@ -946,7 +946,7 @@ def read_image(path: str | Path) -> Image.Image:
                 if image.has_transparency_data:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                return image.convert("RGB")
+                return image if image.mode == "RGB" else image.convert("RGB")  # convert copies
     except Exception as error:
         raise UserError(f"cannot read the image {path}: {error}") from None
 
