@@ -668,6 +668,8 @@ def test_a_decoder_for_other_classes_is_left_alone_with_a_message_for_each_head_
     with pytest.raises(ValueError, match=r"no decoder; for the backbone alone: load_weights\(model.backbone"):
         load_weights(model, classifier.state_dict())
     heads = {key: value for key, value in state_of(model).items() if "conv_seg." in key}
+    with pytest.raises(ValueError, match="missing: decode_head.conv_seg.weight"):
+        load_weights(model, {key: value for key, value in state_of(source).items() if "decode_head.conv" not in key})
     with pytest.warns(UserWarning, match="5 classes instead of 3") as caught:
         load_weights(model, source.state_dict())
     assert len(caught) == 2 and same(model, source.state_dict() | heads)
