@@ -1,24 +1,24 @@
-"""Train UPerNet on VisionGRU to give every pixel a class, on ADE20K-style data or on built-in drawn scenes.
+"""Train UPerNet on VisionGRU to segment images, on data laid out like ADE20K or on built-in drawn scenes.
 
     python segment.py                                                   the built-in scenes, minutes on a laptop
     torchrun --nproc_per_node=8 segment.py --data ADEChallengeData2016 --backbone-weights tiny.pt
                                                                         the paper's recipe on eight GPUs
-    python segment.py --eval --weights best.pt --data DIR               mean IoU of a checkpoint, class by class
+    python segment.py --eval --weights best.pt --data DIR               mean IoU of a checkpoint, and of each class
     python segment.py --predict street.jpg --weights best.pt --out DIR  label maps and overlays of images
 
-Data lie as in ADE20K: DIR/images/{training,validation}/NAME.jpg and DIR/annotations/{training,validation}/NAME.png,
-a label map with one number per pixel. The names of the classes are the lines of DIR/classes.txt, or come from ADE20K's
-objectInfo150.txt; --num-classes does without. 0 means "other" and is not learned, 1 is the first class; with
---no-zero-is-ignore 0 is the first class. --ignore-label (255) is not learned either.
+Expected are DIR/images/{training,validation}/NAME.jpg and DIR/annotations/{training,validation}/NAME.png, a label map
+with one number per pixel. The class names are the lines of DIR/classes.txt, or come from ADE20K's objectInfo150.txt, or
+are replaced by --num-classes. Label 0 means "other" and is ignored, label 1 is the first class; with
+--no-zero-is-ignore, label 0 is the first class. --ignore-label (255) is ignored too.
 
-Images are resized to a shorter side of --crop-size, and predicted at that size. For thin structures give a larger
+Images are resized to a shorter side of --crop-size, and predicted at that size. For thin structures try a larger
 --short-side, and --balance 0.5, which gives rare classes more weight in the loss. --slide validates and predicts with
-overlapping windows of the crop's size. Scores are taken over all pixels, at the label maps' size; mIoU is the mean over
-the classes that occur or are predicted. --weights best.pt starts from a model that already segments. Dropout and
-BatchNorm make the losses, though not the images, depend on the number of processes.
+overlapping windows of the crop size. Scores are computed over all pixels, at the size of the label maps; mIoU is the
+mean over the classes that occur or are predicted. --weights best.pt starts from a segmentation model. Because of
+dropout and BatchNorm, losses (but not images) depend on the number of processes.
 
-The order is that of train.py's Part I: `train`, evaluation, prediction, data, options. The training step and the
-engine of runs, checkpoints, signals and processes are imported from train.py.
+The order is that of Part I of train.py: `train`, evaluation, prediction, data, options. The training step and the
+engine (runs, checkpoints, signals, processes, errors) are imported from train.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import colorsys
 import contextlib
 import math
 import os
-import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,12 +44,12 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import visiongru
-from train import (AMOUNT, CHECKPOINT_DEFAULTS, COUNT, COUNT_OR_NONE, FLAG, MEAN, MODELS, PIXELS, SHARE, STD, TEXT,
+from train import (AMOUNT, CHECKPOINT_DEFAULTS, COUNT, COUNT_OR_ZERO, FLAG, MEAN, MODELS, PIXELS, SHARE, STD, TEXT,
                    Distributed, Option, Scenes, UserError, number, two)
 
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".pgm")  # for label maps: JPEG would change the labels
 LOSSY = "jpeg", "webp"  # compressions within TIFF
-# PIL's names for how numbers lie in a file, as far as it hands them over unchanged: of others it makes levels of grey.
+# PIL's names for the pixel formats that it reads unchanged; it converts others to levels of grey.
 CODINGS = "1", "L", "P", "P;1", "P;2", "P;4", "I;16", "I;16B", "I;16S", "I;16BS", "I;32N", "I;32S", "I;32BS"
 IGNORE = 255  # in the masks of the data sets below: a pixel that is neither learned nor scored
 
@@ -58,7 +57,7 @@ IGNORE = 255  # in the masks of the data sets below: a pixel that is neither lea
 # Training -------------------------------------------------------------------------------------------------------------
 
 def train(args: Namespace, distributed: Distributed) -> None:
-    """Train a segmentation model as `args` say, and leave the weights that validate best in OUT/best.pt."""
+    """Train a segmentation model. The weights with the best mIoU are left in OUT/best.pt."""
     device, world_size = distributed.device, distributed.world_size
 
     # Data
@@ -85,7 +84,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
                                   fused=True)
     scheduler = LambdaLR(optimizer, lambda step: warmup_linear(step, args.iters, args.warmup_iters))
 
-    # The run: first its state, new or resumed, then what wraps the model
+    # The run: restore its state before the model is compiled and wrapped
     run = common.Run(args, distributed, (train_data, val_data), args.iters, model=model, ema=None, optimizer=optimizer,
                      scheduler=scheduler)
     run.start_or_resume()
@@ -107,16 +106,16 @@ def train(args: Namespace, distributed: Distributed) -> None:
         ddp_model.train()
         for _ in run.steps(until=min(start + args.eval_every, args.iters)):
             common.train_step(run, ddp_model, train_batches, loss_fn)
+        run.save()  # validation may take long, and be killed
         window = args.crop_size if args.slide else 0
-        confusion = run.validate(lambda: evaluate(model, val_loader, distributed, normalize, run.autocast, window))
+        confusion = evaluate(model, val_loader, distributed, normalize, run.autocast, window)
         result = scores(confusion, classes)
-        if start == 0 and args.zero_is_ignore and result["acc"][classes[-1]] is None:  # 0 might be a class
+        if start == 0 and args.zero_is_ignore and result["acc"][classes[-1]] is None:  # labels may count from 0
             distributed.print(f"note: no validation pixel has the last label, {len(classes)}; if labels count from 0, "
                               f"start again with --no-zero-is-ignore")
         run.record(result, f"step {run.step:6d}/{args.iters}  {summary(result)}", result["miou"])
-    distributed.print(f"{score_table(run.log[-1])}\ndone: {run.out / 'best.pt'} has mIoU {run.best:.2f}. To evaluate "
-                      f"it:\n  python segment.py --eval --weights {shlex.quote(str(run.out / 'best.pt'))}"
-                      + (f" --data {shlex.quote(args.data)}" if args.data else "") + " --slide" * args.slide)
+    distributed.print(score_table(run.log[-1]))
+    run.print_summary("segment.py", f"mIoU {run.best:.2f}", ["--slide"] if args.slide else [])
 
 
 def warmup_linear(step: int, total_steps: int, warmup_steps: int) -> float:
@@ -127,7 +126,7 @@ def warmup_linear(step: int, total_steps: int, warmup_steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """For the optimizer: weight decay on everything but the norms."""
+    """Parameter groups for the optimizer, with weight decay on everything but the norms."""
     norms = [p for module in model.modules() if isinstance(module, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm))
              for p in module.parameters()]
     others = set(model.parameters()) - set(norms)
@@ -136,9 +135,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def segmentation_loss(outputs: tuple[Tensor, Tensor], masks: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy of the decoder's logits plus 0.4 times that of the auxiliary head's, both (B, K, H, W), over masks
-    (B, H, W): a mean over all pixels, of which the ignored ones have loss 0. So a crop without labels does not divide
-    by zero, and a pixel counts the same in any micro-batch. class_weights: (K,)."""
+    """Cross-entropy of the decoder's logits plus 0.4 times that of the auxiliary head's, both (B, K, H, W), for masks
+    (B, H, W). It is a mean over all pixels, where ignored ones have loss 0, so a crop without labels does not divide by
+    zero and a pixel counts the same in any micro-batch. class_weights: (K,)."""
     def cross_entropy(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits, masks, class_weights, ignore_index=IGNORE, reduction="sum") / masks.numel()
     logits, auxiliary = outputs
@@ -146,10 +145,10 @@ def segmentation_loss(outputs: tuple[Tensor, Tensor], masks: Tensor, class_weigh
 
 
 def balanced_weights(data: Dataset, balance: float) -> Tensor:
-    """Class weights for the loss, (K,): a class's share of the pixels ** -balance, scaled to a mean of 1 over all
-    pixels. With 0.5, poles and signs, a hundredth of a street's pixels each, weigh five times as much as a road, a
-    third of them. The shares are those in some 500 of the images, evenly spread."""
-    pixels = torch.ones(len(data.classes))  # one too many, for a class that is in none of them
+    """Class weights for the loss, (K,): the class's share of pixels ** -balance, scaled to a mean of 1 over all pixels.
+    With 0.5, a class with 1 % of the pixels weighs five times as much as one with 30 %. The shares are estimated from
+    about 500 images, evenly spaced."""
+    pixels = torch.ones(len(data.classes))  # not zeros: a class may be absent from these images
     for index in range(0, len(data), -(-len(data) // 500)):
         _, mask = data[index]
         pixels += mask[mask != IGNORE].bincount(minlength=len(pixels))
@@ -159,16 +158,16 @@ def balanced_weights(data: Dataset, balance: float) -> Tensor:
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
-@torch.compiler.set_stance("force_eager")  # --compile is for training: here images have any size
+@torch.compiler.set_stance("force_eager")  # --compile is for training only
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Iterable, distributed: Distributed, normalize: Callable,
              autocast: Callable = contextlib.nullcontext, window: int = 0) -> Tensor:
-    """-> the number of pixels of class i that were taken for class j, (K, K), at each label map's size, exact over all
-    processes. Raises Stopped if one of them was told to stop."""
+    """The confusion matrix (K, K), the number of pixels of class i that were predicted as class j, at the size of the
+    label maps, exact over all processes. Raises Stopped if a process received a signal."""
     model.eval()
     K = model.num_classes
-    counts = torch.zeros(K * K + 1, dtype=torch.int64, device=distributed.device)  # the last: ignored pixels
-    total = torch.zeros(K, device=distributed.device)  # of the logits: finite if they are
+    counts = torch.zeros(K * K + 1, dtype=torch.int64, device=distributed.device)  # the last one: ignored pixels
+    total = torch.zeros(K, device=distributed.device)  # of the logits, finite if they are
     for image, mask in loader:
         if distributed.stop_signal:
             break
@@ -184,15 +183,15 @@ def evaluate(model: nn.Module, loader: Iterable, distributed: Distributed, norma
     common.check_finite(torch.tensor(totals), "the validation images")
     confusion = torch.tensor(totals[:-K], dtype=torch.float64).view(K, K)
     if confusion.sum() == 0:
-        raise UserError("the validation set has no pixel with a label that is not ignored; there is nothing to score")
+        raise UserError("all pixels of the validation set are ignored; there is nothing to score")
     return confusion
 
 
 def class_logits(model: nn.Module, image: Tensor, window: int = 0) -> Tensor:
     """image (1, 3, H, W) -> logits (K, H, W) float32, of the whole image or, with `window`, as the mean over windows of
-    that many pixels, a third of each overlapping the next."""
+    that size, each of which overlaps the next by a third."""
     height, width = image.shape[2:]
-    image = F.pad(image, (0, max(0, 32 - width), 0, max(0, 32 - height)))  # what the model needs at least
+    image = F.pad(image, (0, max(0, 32 - width), 0, max(0, 32 - height)))  # the model's minimum size
     if not window:
         return model(image)[0, :, :height, :width].float()
 
@@ -210,10 +209,8 @@ def class_logits(model: nn.Module, image: Tensor, window: int = 0) -> Tensor:
 
 
 def label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """logits (K, h, w) -> the best class of each pixel of an image of `size`, (H, W) int64.
-
-    The logits are enlarged one class at a time: of a large picture all of them would not fit into memory.
-    """
+    """logits (K, h, w) -> the best class of each pixel of an image of `size`, (H, W) int64. The logits are enlarged one
+    class at a time, since for a large image all of them would not fit in memory."""
     best, labels = torch.full(size, -torch.inf, device=logits.device), torch.zeros(size, device=logits.device).long()
     for k, channel in enumerate(logits):
         channel = visiongru.resize_to(channel[None, None], size)[0, 0]
@@ -223,9 +220,9 @@ def label_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def scores(confusion: Tensor, classes: list[str]) -> dict:
-    """Pixels of class i taken for class j, (K, K) -> percentages: IoU and accuracy of each class, None where it does
-    not occur; their means over the classes that occur; and the share of all pixels that are right. A class that does
-    not occur and is predicted all the same has IoU 0 and counts in the mean, as is usual."""
+    """Confusion matrix (K, K) -> percentages: IoU and accuracy of each class (None if it does not occur), their means
+    over the classes that occur, and the accuracy over all pixels. As usual, a class that does not occur but is
+    predicted has IoU 0 and counts in the mean."""
     right, labelled, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
     iou, accuracy = 100 * right / (labelled + predicted - right), 100 * right / labelled
 
@@ -252,14 +249,13 @@ def summary(result: dict) -> str:
 
 def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
     """Print the scores of the checkpoint --weights on the validation images."""
-    model, normalize = model_from_checkpoint(args, distributed.device)
+    model, normalize, autocast = model_from_checkpoint(args, distributed.device)
     names = args.classes or label_names(model.num_classes, args.zero_is_ignore)
     [data] = open_data(args, ["validation"], names, distributed.print)
     common.check_classes(args.classes or [None] * model.num_classes, data.classes, args.weights)
     data.transform = eval_transform(args.short_side)
     loader = common.validation_loader(data, 1, args, distributed)
     loader = tqdm(loader, unit="image", leave=False, disable=distributed.rank > 0 or None)
-    _, autocast = common.precision(args.amp, distributed.device)
     confusion = evaluate(model, loader, distributed, normalize, autocast, args.crop_size if args.slide else 0)
     result = scores(confusion, data.classes)
     if distributed.rank == 0:
@@ -270,11 +266,10 @@ def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
 
 @torch.inference_mode()
 def predict(args: Namespace, distributed: Distributed) -> int:
-    """For each image write OUT/NAME_labels.png, a label map in the numbers of the training masks, and
-    OUT/NAME_overlay.png. -> the exit status: 2 if an image could not be read. Such an image is reported and the rest
-    are still processed."""
-    model, normalize = model_from_checkpoint(args, distributed.device)
-    _, autocast = common.precision(args.amp, distributed.device)
+    """Write OUT/NAME_labels.png, a label map with the labels of the training masks, and OUT/NAME_overlay.png for each
+    image. An image that cannot be read is reported, and the others are processed. Returns the exit status: 2 if there
+    was such an image."""
+    model, normalize, autocast = model_from_checkpoint(args, distributed.device)
     transform, first, out, unread = eval_transform(args.short_side), int(args.zero_is_ignore), Path(args.out), 0
     names = dict(enumerate(args.classes or label_names(model.num_classes, first), start=first))
     stems = {}
@@ -284,7 +279,7 @@ def predict(args: Namespace, distributed: Distributed) -> int:
     for path in (out / f"{stem}_{suffix}.png" for stem in stems for suffix in ("labels", "overlay")):
         if os.path.lexists(path):  # it may have been corrected by hand
             raise UserError(f"{path} already exists; move it, or choose another --out")
-    common.make_folder(out).close()
+    common.make_folder(out)
     mine = list(stems.items())[distributed.rank::distributed.world_size]
     for stem, path in tqdm(mine, unit="image", leave=False, disable=distributed.rank > 0 or None):
         try:
@@ -307,9 +302,9 @@ def predict(args: Namespace, distributed: Distributed) -> int:
     return 2 if unread else 0
 
 
-def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Module, Callable]:
-    """-> the model of the checkpoint --weights, ready to use, and its normalization. args.classes (None for a bare
-    state dict), args.zero_is_ignore and the like are set where the command line did not."""
+def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
+    """The model in the checkpoint --weights, in eval mode, its normalization, and autocast. Sets args.classes (None for
+    a bare state dict) and, unless the command line did, args.short_side and the like."""
     weights = common.open_checkpoint(args, short_side=512, crop_size=512, mean=MEAN, std=STD, classes=None,
                                      zero_is_ignore=True, ignore_label=IGNORE)
     sizes = []  # classes, channels, auxiliary channels
@@ -321,12 +316,12 @@ def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Mod
         raise UserError(f"{args.weights} has {sizes[0]} classes; expected at most {IGNORE - 1}: label maps have 8 bits")
     model = visiongru.UPerNet(MODELS[args.model](), *sizes)
     common.load_weights(model, weights, args.weights)
-    model.to(device, memory_format=torch.channels_last)
-    return model.eval(), common.normalizer(device, args.mean, args.std)
+    model.to(device, memory_format=torch.channels_last).eval()
+    return model, common.normalizer(device, args.mean, args.std), common.precision(args.amp, device)[1]
 
 
 def palette(zero_is_ignore: bool) -> list[int]:
-    """256 colours, three numbers each, for the labels of a map: far apart for neighbours, black for "other"."""
+    """256 colours, as 768 numbers, for the labels of a map: distinct for neighbouring labels, black for "other"."""
     colours = [colorsys.hsv_to_rgb(0.618034 * k % 1, (0.9, 0.55, 0.75)[k % 3], (1.0, 0.85, 0.6)[k // 3 % 3])
                for k in range(256)]
     colours = [(0, 0, 0)] * zero_is_ignore + colours
@@ -334,14 +329,14 @@ def palette(zero_is_ignore: bool) -> list[int]:
 
 
 def overlay(image: Image.Image, labels: Image.Image, names: dict[int, str]) -> Image.Image:
-    """The image under half-transparent colours of its label map (a palette image), and below it a legend: a line for
-    each label that occurs, the most frequent first. names: the name of each label."""
+    """The image blended with the colours of its label map (a palette image), above a legend with a line for each label
+    that occurs, most frequent first. names: the name of each label."""
     counts = sorted(labels.getcolors(), reverse=True)
     size = min(max(12, max(image.size) // 40), 48)
     texts = [f"{label}: {common.printable(names[label])} {100 * count / image.width / image.height:.1f} %"
              for count, label in counts]
     font, colours = ImageFont.load_default(size), labels.getpalette()
-    with contextlib.suppress(OSError):  # PIL's own font has Latin letters alone; what no font has, its number names
+    with contextlib.suppress(OSError):  # PIL's own font has only Latin letters
         font = font if "".join(texts).isascii() else ImageFont.truetype("DejaVuSans.ttf", size)
     width = max(image.width, *(round(font.getlength(text)) + 2 * size for text in texts))
     page = Image.new("RGB", (width, image.height + 3 * size * len(texts) // 2 + size // 2), "white")
@@ -357,7 +352,7 @@ def overlay(image: Image.Image, labels: Image.Image, names: dict[int, str]) -> I
 # Data -----------------------------------------------------------------------------------------------------------------
 
 class LabelledImages(Dataset):
-    """DIR/images/SPLIT and DIR/annotations/SPLIT as (PIL image, mask (H, W) uint8): class indices and IGNORE."""
+    """DIR/images/SPLIT and DIR/annotations/SPLIT as (PIL image, mask (H, W) uint8 of class indices and IGNORE)."""
 
     transform = None
 
@@ -369,14 +364,14 @@ class LabelledImages(Dataset):
         if missing or not images:
             raise UserError(f"{images[missing[0]]} has no label map {missing[0]}.png in {label_folder}"
                             if missing else f"{folder} has no images in it")
-        common.note_left_out([masks[stem] for stem in sorted(masks.keys() - images.keys())], "they have no image", log)
-        self.items = [(images[stem], masks[stem]) for stem in sorted(images)]
+        common.note_skipped([masks[stem] for stem in sorted(masks.keys() - images.keys())], "without an image", log)
+        self.samples = [(images[stem], masks[stem]) for stem in sorted(images)]
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple:
-        image_path, mask_path = self.items[index]
+        image_path, mask_path = self.samples[index]
         image, mask = common.read_image(image_path), self.read_mask(mask_path)
         if image.size != mask.shape[::-1]:
             raise UserError(f"{mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels and its image {image_path} "
@@ -384,28 +379,28 @@ class LabelledImages(Dataset):
         return self.transform(image, mask) if self.transform else (image, mask)
 
     def check_labels(self) -> None:
-        """UserError unless two classes occur. Label maps are read until they do: usually one."""
+        """UserError unless at least two classes occur. Label maps are read until they do: usually one."""
         seen = set()
-        for _, path in self.items:
+        for _, path in self.samples:
             seen |= {*self.read_mask(path).unique().tolist()} - {IGNORE}
             if len(seen) > 1:
                 return
         found = f"only {self.classes[seen.pop()]!r}" if seen else "no class"
-        raise UserError(f"the label maps in {self.items[0][1].parent} show {found} beside what is ignored: nothing is "
-                        f"learned from that. Is 0 a class? Then give --no-zero-is-ignore, and count it in the classes. "
-                        f"An object of label {self.ignore_label} needs a number of its own, such as 1, in the files")
+        raise UserError(f"the label maps in {self.samples[0][1].parent} have {found} besides ignored pixels, so there "
+                        f"is nothing to learn. If 0 is a class, give --no-zero-is-ignore and count it as a class. If "
+                        f"{self.ignore_label} is one, give it another number in the files, such as 1")
 
     def read_mask(self, path: Path) -> Tensor:
-        """A label map as (H, W) uint8: class indices and IGNORE. UserError for labels that are neither."""
+        """A label map as (H, W) uint8: class indices and IGNORE. UserError for any other label."""
         try:
             with common.open_image(path, LOSSLESS) as file:
                 if len(file.getbands()) > 1:
-                    raise ValueError(f"it has the channels {file.getbands()}; expected one, the number of the class")
+                    raise ValueError(f"it has the channels {file.getbands()}; expected one, the class number")
                 decoder, _, _, coding = file.tile[0]
                 coding = coding if isinstance(coding, str) else coding[0]
                 if coding not in CODINGS or decoder.startswith("ppm") or file.info.get("compression") in LOSSY:
-                    raise ValueError(f"PIL changes numbers stored as here ({decoder}, {coding}); save them as PNG, in "
-                                     f"grey or a palette, of 8 bits")
+                    raise ValueError(f"PIL does not read this pixel format ({decoder}, {coding}) unchanged; save it as "
+                                     f"a grey or palette PNG of 8 bits")
                 labels = v2.functional.pil_to_tensor(file)[0].to(torch.int64)
         except Exception as error:
             raise UserError(f"cannot read the label map {path}: {error}") from None
@@ -415,35 +410,34 @@ class LabelledImages(Dataset):
         if wrong.any():
             ignore = f"{'0 or ' * self.zero_is_ignore}{self.ignore_label}"
             raise UserError(f"the label map {path} has a pixel of label {labels[wrong][0]}; expected {first} to "
-                            f"{last}, or {ignore} to ignore it: --num-classes, --zero-is-ignore and --ignore-label say "
-                            f"how labels are read")
+                            f"{last}, or {ignore} to ignore it; see --num-classes, --zero-is-ignore and --ignore-label")
         return (labels - first).masked_fill(ignored, IGNORE).to(torch.uint8)
 
 
 def by_stem(folder: Path, extensions: Iterable[str], log: Callable) -> dict[str, Path]:
-    """The files below a folder under their paths in it without the extension. UserError if two have the same."""
+    """The files below a folder by relative path without extension. UserError if two have the same."""
     files = {}
     for path in map(Path, common.find_files(folder, extensions, log)):
         other = files.setdefault(str(path.relative_to(folder).with_suffix("")), path)
         if other != path:
-            raise UserError(f"{other} and {path} differ in the extension only; expected one of them")
+            raise UserError(f"{other} and {path} differ only in their extension; remove one of them")
     return files
 
 
 def class_names(args: Namespace, known: list[str] | None = None) -> list[str]:
-    """The names of the classes of --data: from its files, or those `known` from a checkpoint, or --num-classes many."""
+    """The class names of --data: from its files, or those `known` from a checkpoint, or made up for --num-classes."""
     for source in Path(args.data, "classes.txt"), Path(args.data, "objectInfo150.txt"):
         if source.exists():
             names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
             if source.name == "objectInfo150.txt":  # a title, then Idx, Ratio, Train, Val, Name between tabs
                 names = [line.split("\t")[-1] for line in names[1:]]
             if not 1 <= len(set(names)) == len(names) < IGNORE or args.num_classes not in (None, len(names)):
-                raise UserError(f"{source} has {len(names)} names, {len(set(names))} of them different; expected "
-                                f"{args.num_classes or f'1 to {IGNORE - 1}'}, all different")
+                raise UserError(f"{source} has {len(names)} names, {len(set(names))} of them distinct; expected "
+                                f"{args.num_classes or f'1 to {IGNORE - 1}'} distinct ones")
             return names
     if not known and args.num_classes is None:
-        raise UserError(f"--data {args.data}: how many classes are there? Give their names, one per line, in "
-                        f"{args.data}/classes.txt, or --num-classes")
+        raise UserError(f"--data {args.data}: how many classes are there? List their names, one per line, in "
+                        f"{args.data}/classes.txt, or give --num-classes")
     return known or label_names(args.num_classes, args.zero_is_ignore)
 
 
@@ -453,7 +447,7 @@ def label_names(count: int, zero_is_ignore: bool) -> list[str]:
 
 def open_data(args: Namespace, splits: Iterable[str], known: list[str] | None = None,
               log: Callable = print) -> list[Dataset]:
-    """The data sets of `splits` in that order, with the same `classes`."""
+    """The datasets of `splits`, in that order, with the same `classes`. Raises UserError."""
     if args.data is None:
         return [Scenes(split, {"training": 20_000, "validation": 300}[split]) for split in splits]
     try:
@@ -462,13 +456,13 @@ def open_data(args: Namespace, splits: Iterable[str], known: list[str] | None = 
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data {args.data}: expected {{images,annotations}}/{{training,validation}} in it, and text "
                         f"in UTF-8: {error}") from None
-    if len(sets) > 1 and not common.checkpoint_to_resume(args):  # for a new run
+    if len(sets) > 1 and not common.checkpoint_to_resume(args):  # a new run
         sets[0].check_labels()
     return sets
 
 
 class ShorterSide(v2.Transform):
-    """Resize to a shorter side chosen at random from `low` to `high` pixels, and a longer of at most 4 times that."""
+    """Resize to a random shorter side from `low` to `high` pixels, and a longer side of at most 4 times that."""
 
     def __init__(self, low: float, high: float):
         super().__init__()
@@ -481,21 +475,21 @@ class ShorterSide(v2.Transform):
         return {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
 
     def transform(self, inpt: object, params: dict) -> object:
-        return v2.functional.resize(inpt, params["size"])  # bilinear; of a Mask the nearest pixel
+        return v2.functional.resize(inpt, params["size"])  # bilinear; nearest for a Mask
 
 
 class TrainTransform:
     """The recipe's augmentation: PIL image, mask (H, W) -> (3, S, S) uint8, (S, S) uint8.
 
-    Resize so that the shorter side is --short-side times a number from --scale; crop --crop-size, with a border of the
-    mean colour and IGNORE where the image is smaller; flip; distort the colours.
+    Resize the shorter side to --short-side times a random number from --scale; crop to --crop-size, padded with the
+    mean colour and IGNORE if the image is smaller; flip; distort the colours.
     """
 
     def __init__(self, args: Namespace):
         self.resize = ShorterSide(*(args.short_side * scale for scale in args.scale))
         self.crop = v2.RandomCrop(args.crop_size, pad_if_needed=True,
                                   fill={tv_tensors.Mask: IGNORE, "others": tuple(round(255 * m) for m in MEAN)})
-        # Each with probability 1/2. At strength 1: factors of 1 +- these numbers, and the hue by +- 0.1 turns.
+        # Each with probability 1/2. At strength 1: factors of 1 +- these numbers, and hue shifts of +- 0.1 turns.
         colours = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
         self.finish = v2.Compose([
             v2.RandomHorizontalFlip(args.hflip),
@@ -505,8 +499,7 @@ class TrainTransform:
 
     def __call__(self, image: Image.Image, mask: Tensor) -> tuple[Tensor, Tensor]:
         image, mask = self.resize(image, tv_tensors.Mask(mask))
-        # A crop that is nearly all road teaches little: of ten, the first in which no class has more than 75 %, or
-        # otherwise the tenth.
+        # A crop of almost nothing but road teaches little: take the first of ten in which no class exceeds 75 %.
         for _ in range(10):
             crop, crop_mask = self.crop(image, mask)
             counts = torch.bincount(crop_mask.flatten(), minlength=IGNORE)[:IGNORE]
@@ -516,15 +509,15 @@ class TrainTransform:
 
 
 def eval_transform(short_side: int) -> Callable:
-    """The whole image, resized as by `ShorterSide`: PIL image -> (3, h, w) uint8. A mask beside it stays as it is."""
+    """PIL image -> the whole image, resized, (3, h, w) uint8. A mask beside it is left as it is."""
     return v2.Compose([ShorterSide(short_side, short_side), v2.PILToTensor()])
 
 
-# Options: mmsegmentation's recipe for ADE20K, as the paper uses it, and what suits the built-in scenes ----------------
+# Options: mmsegmentation's recipe for ADE20K, which the paper uses, and one for the built-in scenes -------------------
 
 CLASSES = number(int, lambda k: 1 <= k < IGNORE, f"1 to {IGNORE - 1} classes")
-LABEL = number(int, lambda n: -2**31 <= n < 2**31, "a whole number of 32 bits")
-SCALE = number(float, lambda x: 0 < x <= 16, "a number above 0, at most 16")
+LABEL = number(int, lambda n: -2**31 <= n < 2**31, "a 32-bit integer")
+SCALE = number(float, lambda x: 0 < x <= 16, "a number above 0 and at most 16")
 STRENGTH = number(float, lambda x: 0 <= x <= 2, "a number from 0 to 2")
 
 
@@ -533,7 +526,7 @@ def options() -> dict[str, Option]:
     return {
         "data": Option(TEXT, None, None, "folder with {images,annotations}/{training,validation} (built-in scenes)"),
         "num-classes": Option(CLASSES, None, None, "number of classes (that of the class names in --data)"),
-        "zero-is-ignore": Option(FLAG, True, False, "label 0 means other and is ignored, label 1 is the first class"),
+        "zero-is-ignore": Option(FLAG, True, False, "label 0 is ignored and label 1 is the first class"),
         "ignore-label": Option(LABEL, IGNORE, IGNORE, "another label to ignore"),
         "model": Option({"choices": MODELS}, "tiny", "nano", "backbone size; with --weights that of the checkpoint"),
         "channels": Option(COUNT, 512, 64, "width of the decoder"),
@@ -542,8 +535,8 @@ def options() -> dict[str, Option]:
         "iters": Option(COUNT, 160_000, 2400, "training iterations: optimizer steps"),
         "batch-size": Option(COUNT, 16, 16, "global batch size: images per optimizer step over all processes"),
         "lr": Option(AMOUNT, 6e-5, 5e-3, "peak learning rate"),
-        "weight-decay": Option(AMOUNT, 0.01, 0.01, "weight decay, on all parameters but the norms'"),
-        "warmup-iters": Option(COUNT_OR_NONE, 1500, 200, "iterations of linear learning-rate warm-up"),
+        "weight-decay": Option(AMOUNT, 0.01, 0.01, "weight decay, on all parameters except the norms"),
+        "warmup-iters": Option(COUNT_OR_ZERO, 1500, 200, "iterations of linear learning-rate warm-up"),
         "short-side": Option(PIXELS, None, None, "shorter side of resized images, the longer at most 4x (crop-size)"),
         "scale": Option(two(SCALE), [0.5, 2.0], [1.0, 1.0], "range of random scales of short-side in training"),
         "crop-size": Option(PIXELS, 512, 64, "size of training crops in pixels, preferably a multiple of 32"),
@@ -567,7 +560,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     if args.weights and args.backbone_weights:
         raise UserError("--weights and --backbone-weights: give one of the two")
     if args.data is None and (args.num_classes, args.zero_is_ignore, args.ignore_label) != (None, False, IGNORE):
-        raise UserError("--num-classes, --zero-is-ignore and --ignore-label say how to read labels: --data is missing")
+        raise UserError("--num-classes, --zero-is-ignore and --ignore-label need --data")
     args.scale = sorted(args.scale)
     args.short_side = args.short_side or args.crop_size
     args.out = args.out or f"runs/{Path(args.data).resolve().name if args.data else 'scenes'}-upernet-{args.model}"

@@ -9,22 +9,21 @@
 Part I is a training script to read from top to bottom: `train`, the training step below it, evaluation, prediction,
 data, options. Part II is the engine that segment.py shares: runs and checkpoints, signals, processes, files, errors.
 
---batch-size is the global batch, the number of images per optimizer step over all processes, so the recipe does not
-depend on how many there are. Everything random is seeded by the run's seed and the number of the step or image. Results
-therefore do not depend on the number of workers, and a run that is stopped and resumed ends as if it had not been.
-Where a GPU rounds differently from run to run, or --drop-path is on, they agree up to that.
+--batch-size is the global batch size, the number of images per optimizer step over all processes, so the recipe does
+not depend on the number of processes. All randomness is seeded by --seed and the number of the step or image. Results
+therefore do not depend on the number of workers, and a run that was stopped and resumed ends like one that was not
+(except for --drop-path, and for operations that a GPU does not repeat exactly).
 
 OUT/last.pt is written before and after each validation, every --save-every steps, and on a signal. OUT/best.pt holds
-the weights that validated best, their moving average, the class names and the preprocessing; OUT/log.jsonl has a line
-for each validation.
+the weights with the best validation score, their moving average, the class names and the preprocessing; OUT/log.jsonl
+has a line for each validation.
 
-For days on many GPUs: add --resume auto --save-every 500, and --max-restarts=3 for torchrun, which then replaces a
-process that dies; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the new processes read what the dead ones left in
-torchrun's store. On several nodes add --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 on each; --out
-must be on storage that they share.
+Long runs: add --resume auto --save-every 500, and give torchrun --max-restarts=3, with which it restarts processes that
+die; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the new processes read stale entries in torchrun's store. On several
+nodes add --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 on each; --out must be on shared storage.
 Out of memory: --grad-accum-steps 4 splits each step in four, --grad-checkpointing recomputes activations in backward.
-Small images: enlarge them, since the stem divides both sides by four, and distort them less than ImageNet's, such as
---img-size 64 --val-resize 64 --crop-scale 0.6 --randaug 0 0 --reprob 0 --mixup 0 --cutmix 0.
+Small images: enlarge them, since the stem divides both sides by four, and augment them less than ImageNet's, for
+example --img-size 64 --val-resize 64 --crop-scale 0.6 --randaug 0 0 --reprob 0 --mixup 0 --cutmix 0.
 On CPU: run one single-threaded process per core, OMP_NUM_THREADS=1 torchrun --nproc_per_node=CORES train.py ...
 """
 
@@ -56,13 +55,13 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
-if sys.argv[0].endswith(("train.py", "segment.py")):  # Ctrl-C while torch is imported needs no traceback
+if sys.argv[0].endswith(("train.py", "segment.py")):  # no traceback for Ctrl-C while torch is being imported
     sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
-# GNU OpenMP's threads wait for work by spinning, which beside other busy processes makes a step forty times slower. A
-# short spin costs nothing on a free machine. The variable is read when torch is imported.
+# Idle threads of GNU OpenMP spin, which makes a step forty times slower on a machine that is busy with other work. A
+# short spin costs nothing on an idle machine. The variable is read when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
@@ -74,14 +73,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import visiongru
 
 MODELS = {"nano": visiongru.visiongru_nano, "tiny": visiongru.visiongru_tiny, "base": visiongru.visiongru_base}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, from 0 to 1
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, scaled to [0, 1]
 
 
 # ======================================================================================================================
@@ -89,19 +87,16 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 # ======================================================================================================================
 
 def train(args: Namespace, distributed: Distributed) -> None:
-    """Train a classifier as `args` say, and leave the weights that validate best in OUT/best.pt."""
+    """Train a classifier. The weights with the best validation score are left in OUT/best.pt."""
     device, world_size = distributed.device, distributed.world_size
 
     # Data
     train_data, val_data = open_data(args, ("train", "val"), distributed.print)
     train_data.transform, val_data.transform = train_transform(args), eval_transform(args.img_size, args.val_resize)
-    num_classes, mixes = len(train_data.classes), bool(args.mixup or args.cutmix)
-    micro_batch_size = split_batch(args, world_size, multiple=2 if mixes else 1)  # images are mixed in pairs
+    num_classes = len(train_data.classes)
+    micro_batch_size = split_batch(args, world_size, in_pairs=args.mixup > 0 or args.cutmix > 0)
     steps_per_epoch = max(1, len(train_data) // args.batch_size)
     total_steps = args.epochs * steps_per_epoch
-    if len(train_data) < args.batch_size:
-        distributed.print(f"note: an epoch is one step, which has each of the {len(train_data)} training images "
-                          f"{args.batch_size / len(train_data):.1f} times: a lower --batch-size makes it several")
 
     # Model, moving average, optimizer, learning rate
     torch.manual_seed(args.seed)
@@ -116,7 +111,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
     warmup_steps = args.warmup_epochs * steps_per_epoch
     scheduler = LambdaLR(optimizer, lambda step: warmup_cosine(step, total_steps, warmup_steps))
 
-    # The run: first its state, new or resumed, then what wraps the model
+    # The run: restore its state before the model is compiled and wrapped
     run = Run(args, distributed, (train_data, val_data), total_steps, model=model, ema=ema, optimizer=optimizer,
               scheduler=scheduler)
     run.start_or_resume()
@@ -128,10 +123,10 @@ def train(args: Namespace, distributed: Distributed) -> None:
                       f"{args.img_size} px; {args.epochs} epochs of {steps_per_epoch} steps of {args.batch_size}")
     train_batches = iter(training_loader(train_data, range(run.step, total_steps), args, distributed))
     val_loader = validation_loader(val_data, micro_batch_size, args, distributed)
-    normalize, augment = normalizer(device), batch_augmentation(args, num_classes)
+    normalize = normalizer(device)
 
     def loss_fn(images: Tensor, labels: Tensor, first: int) -> Tensor:
-        images, targets = augment(normalize(images), labels, run.step, first)
+        images, targets = augment_batch(normalize(images), labels, first, run.step, num_classes, args)
         return F.cross_entropy(ddp_model(images), targets, label_smoothing=args.smoothing)
 
     for epoch in range(run.validated // steps_per_epoch, args.epochs):
@@ -139,39 +134,38 @@ def train(args: Namespace, distributed: Distributed) -> None:
         for _ in run.steps(until=(epoch + 1) * steps_per_epoch):
             train_step(run, ddp_model, train_batches, loss_fn)
         models = {"model": model, "ema": ema} if ema else {"model": model}
-        scores = run.validate(lambda: evaluate(models, val_loader, distributed, normalize, run.autocast))
+        run.save()  # validation may take long, and be killed
+        scores = evaluate(models, val_loader, distributed, normalize, run.autocast)
         better = max(scores, key=lambda name: scores[name]["top1"])
         text = "  ".join(f"{name}: top-1 {s['top1']:.2f} top-5 {s['top5']:.2f}" for name, s in scores.items())
         ema_scores = {f"ema_{key}": value for key, value in scores.get("ema", {}).items()}
         run.record({"epoch": epoch + 1, **scores["model"], **ema_scores},
                    f"epoch {epoch + 1:3d}/{args.epochs}  {text}", scores[better]["top1"], better)
-    distributed.print(f"done: {run.out / 'best.pt'} has top-1 {run.best:.2f} %. To evaluate it:\n  python train.py "
-                      f"--eval --weights {shlex.quote(str(run.out / 'best.pt'))}"
-                      + (f" --data {shlex.quote(args.data)}" if args.data else ""))
+    run.print_summary("train.py", f"top-1 {run.best:.2f} %")
 
 
 def train_step(run: Run, ddp_model: nn.Module, batches: Iterator, loss_fn: Callable) -> None:
     """One optimizer step, over --grad-accum-steps micro-batches (inputs, targets) from `batches`.
 
-    loss_fn(inputs, targets, first) -> the mean loss of a micro-batch whose first image is number `first` of the step's
-    --batch-size. Nothing here waits for the device: the loss is read after the next step, by `Run.steps`.
+    loss_fn(inputs, targets, first) -> the mean loss of a micro-batch, whose first image is number `first` of the step.
+    Nothing here waits for the device: `Run.steps` reads the loss one step later.
     """
     args, device = run.args, run.distributed.device
     step_loss = torch.zeros((), device=device)
     for micro_step in range(args.grad_accum_steps):
         inputs, targets = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-        chunk = run.distributed.rank * args.grad_accum_steps + micro_step  # of the step's images
-        torch.manual_seed(random_seed(args.seed, "step", run.step, chunk))  # for dropout and stochastic depth
+        part = run.distributed.rank * args.grad_accum_steps + micro_step  # of the step's images
+        torch.manual_seed(random_seed(args.seed, "step", run.step, part))  # for dropout and stochastic depth
         # Gradients are all-reduced once per step, in the backward pass of its last micro-batch.
         is_last = micro_step == args.grad_accum_steps - 1
         with contextlib.nullcontext() if is_last or ddp_model is run.model else ddp_model.no_sync():
             with run.autocast():
-                loss = loss_fn(inputs, targets, chunk * len(inputs)) / args.grad_accum_steps
+                loss = loss_fn(inputs, targets, part * len(inputs)) / args.grad_accum_steps
             run.scaler.scale(loss).backward()
         step_loss += loss.detach()
     run.report_loss(step_loss)
-    run.scaler.step(run.optimizer)  # in fp16 it skips a step whose gradients overflow
-    run.scaler.update()             # and halves the scale
+    run.scaler.step(run.optimizer)  # in fp16, skips the step if its gradients overflow,
+    run.scaler.update()             # and then halves the scale
     run.optimizer.zero_grad(set_to_none=True)
     run.scheduler.step()
     if run.ema:
@@ -180,8 +174,8 @@ def train_step(run: Run, ddp_model: nn.Module, batches: Iterator, loss_fn: Calla
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the parameters of `ema` towards the model's: ema = decay * ema + (1 - decay) * model. Buffers are copied.
-    (torch.optim.swa_utils.AveragedModel waits for the device in each step.)"""
+    """ema = decay * ema + (1 - decay) * model, for each parameter. Buffers are copied. (AveragedModel of
+    torch.optim.swa_utils waits for the device in each step.)"""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for ours, theirs in zip(ema.buffers(), model.buffers()):
         ours.copy_(theirs)
@@ -194,24 +188,16 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
 
-def check_schedule(scheduler: LambdaLR, total_steps: int, log: Callable) -> None:
-    """A note if a run ends before its warm-up has come half-way, or is to learn nothing."""
-    base, highest = scheduler.base_lrs[0], max(map(scheduler.lr_lambdas[0], range(total_steps)))
-    if highest < 0.5 or not base:
-        log(f"note: --lr is {base:.2e}, and no step of this run of {total_steps} has more than {highest * base:.2e}: "
-            f"a shorter warm-up, more steps or another --lr let it learn")
-
-
 # Evaluation and prediction --------------------------------------------------------------------------------------------
 
-@torch.compiler.set_stance("force_eager")  # --compile is for training: here images may have any size
+@torch.compiler.set_stance("force_eager")  # --compile is for training only
 @torch.inference_mode()
 def evaluate(models: dict[str, nn.Module], loader: Iterable, distributed: Distributed, normalize: Callable,
              autocast: Callable = contextlib.nullcontext) -> dict[str, dict[str, float]]:
     """Score several models in one pass over the data.
 
-    -> for each name the mean loss, and top-1 and top-5 accuracy in percent (100 for five classes or fewer), exact over
-    all processes. Raises Stopped if one of them was told to stop.
+    Returns, for each name, the mean loss and the top-1 and top-5 accuracy in percent (top-5 is 100 for five classes or
+    fewer), exact over all processes. Raises Stopped if a process received a signal.
     """
     sums, count = {name: [torch.zeros(3, device=distributed.device)] for name in models}, 0
     for images, labels in loader:
@@ -227,7 +213,7 @@ def evaluate(models: dict[str, nn.Module], loader: Iterable, distributed: Distri
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums[name].append(torch.stack([loss, correct[:, 0].sum(), correct.sum()]))
         count += len(labels)
-    totals = [torch.stack(batches).to("cpu").double().sum(0) for batches in sums.values()]  # the first wait for a GPU
+    totals = [torch.stack(batches).cpu().double().sum(0) for batches in sums.values()]  # only here the host waits
     *totals, count = distributed.all_reduce([*torch.cat(totals).tolist(), count])
     distributed.raise_if_stopped()
     check_finite(torch.tensor(totals), "the validation images")
@@ -237,13 +223,12 @@ def evaluate(models: dict[str, nn.Module], loader: Iterable, distributed: Distri
 
 def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
     """Print the accuracy of the checkpoint --weights on the validation images."""
-    model, normalize = model_from_checkpoint(args, distributed.device)
+    model, normalize, autocast = model_from_checkpoint(args, distributed.device)
     [data] = open_data(args, ["val"], distributed.print)
     check_classes(args.classes or [None] * model.num_classes, data.classes, args.weights)
     data.transform = eval_transform(args.img_size, args.val_resize)
     loader = validation_loader(data, max(1, args.batch_size // distributed.world_size), args, distributed)
     loader = tqdm(loader, unit="batch", leave=False, disable=distributed.rank > 0 or None)
-    _, autocast = precision(args.amp, distributed.device)
     scores = evaluate({"model": model}, loader, distributed, normalize, autocast)["model"]
     if distributed.rank == 0:
         print_result(f"{args.weights}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %, loss "
@@ -252,11 +237,10 @@ def evaluate_checkpoint(args: Namespace, distributed: Distributed) -> None:
 
 @torch.inference_mode()
 def predict(args: Namespace, distributed: Distributed) -> int:
-    """Print the top-5 classes of images. -> the exit status: 2 if an image could not be read. Such an image is reported
-    and the rest are still processed."""
-    model, normalize = model_from_checkpoint(args, distributed.device)
+    """Print the top-5 classes of images. An image that cannot be read is reported, and the others are processed.
+    Returns the exit status: 2 if there was such an image."""
+    model, normalize, autocast = model_from_checkpoint(args, distributed.device)
     transform = eval_transform(args.img_size, args.val_resize)
-    _, autocast = precision(args.amp, distributed.device)
     unread = 0
     for path in args.predict[distributed.rank::distributed.world_size]:
         try:
@@ -276,30 +260,31 @@ def predict(args: Namespace, distributed: Distributed) -> int:
     return 2 if unread else 0
 
 
-def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Module, Callable]:
-    """-> the model of the checkpoint --weights, ready to use, and its normalization. Its class names are put into
-    args.classes (None for a bare state dict)."""
+def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
+    """The model in the checkpoint --weights, in eval mode, its normalization, and autocast. Sets args.classes to its
+    class names (None for a bare state dict)."""
     weights = open_checkpoint(args, img_size=224, val_resize=256, mean=MEAN, std=STD, classes=None)
     if "head.weight" not in weights:
         raise UserError(f"{args.weights} has no classifier")
     model = MODELS[args.model](num_classes=len(weights["head.weight"]))
     load_weights(model, weights, args.weights)
-    return model.to(device, memory_format=torch.channels_last).eval(), normalizer(device, args.mean, args.std)
+    model.to(device, memory_format=torch.channels_last).eval()
+    return model, normalizer(device, args.mean, args.std), precision(args.amp, device)[1]
 
 
-# Data: images travel as uint8, a quarter of the bytes, and are normalized, erased and mixed on the device -------------
+# Data: images are loaded as uint8, then normalized, erased and mixed on the device ------------------------------------
 
-class Pictures(Dataset):
-    """ROOT/<class>/<images>, which may lie in folders within, as (PIL image, class)."""
+class ImageFolder(Dataset):
+    """The images in ROOT/<class> and the folders below it, as (PIL image, class index)."""
 
     transform = None
 
     def __init__(self, root: Path, log: Callable):
         self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
         labels, paths = {name: label for label, name in enumerate(self.classes)}, find_files(root, EXTENSIONS, log)
-        tops = [path[len(os.path.join(root, "")):].split(os.sep)[0] for path in paths]
-        self.samples = [(path, labels[top]) for path, top in zip(paths, tops) if top in labels]
-        note_left_out([path for path, top in zip(paths, tops) if top not in labels], "no class's folder has them", log)
+        names = [path.removeprefix(os.path.join(root, "")).split(os.sep)[0] for path in paths]
+        self.samples = [(path, labels[name]) for path, name in zip(paths, names) if name in labels]
+        note_skipped([path for path, name in zip(paths, names) if name not in labels], "not in a class folder", log)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -311,12 +296,12 @@ class Pictures(Dataset):
 
 
 def open_data(args: Namespace, splits: Iterable[str], log: Callable = print) -> list[Dataset]:
-    """The data sets DIR/split/<class>/<images>, or the built-in ones: items (image, class), with the same `classes`."""
+    """The datasets DIR/split/<class>/<images>, or the built-in ones; they have the same `classes`. Raises UserError."""
     if args.data is None:
         return [Shapes(split, {"train": 14_000, "val": 1_000}[split]) for split in splits]
     layout = f"--data {args.data}: expected {{train,val}}/<class>/<images> in it"
     try:
-        sets = [Pictures(Path(args.data, split), log) for split in splits]
+        sets = [ImageFolder(Path(args.data, split), log) for split in splits]
     except OSError as error:
         raise UserError(f"{layout}: {error}") from None
     for split, data in zip(splits, sets):
@@ -324,8 +309,7 @@ def open_data(args: Namespace, splits: Iterable[str], log: Callable = print) -> 
         if not data.samples or split == "train" and empty:  # in val a class may be empty
             raise UserError(f"{layout}: there are no images in {', '.join(sorted(empty if data.samples else [split]))}")
         if split == "train" and len(data.classes) == 1:
-            raise UserError(f"{layout}: {data.classes[0]} is the only class, and nothing is learned from one; do the "
-                            f"classes' folders lie in it?")
+            raise UserError(f"{layout}: {data.classes[0]} is the only class; are the class folders inside it?")
     if sets[0].classes != sets[-1].classes:
         raise UserError(f"--data {args.data}: train and val have different classes; in one of them only: "
                         f"{', '.join(sorted({*sets[0].classes} ^ {*sets[-1].classes}))}")
@@ -333,69 +317,63 @@ def open_data(args: Namespace, splits: Iterable[str], log: Callable = print) -> 
 
 
 def eval_transform(img_size: int, val_resize: int) -> Callable:
-    """Shorter side to `val_resize` pixels, then the central square: PIL image -> (3, img_size, img_size) uint8."""
-    return v2.Compose([center_of_long, v2.Resize(max(img_size, val_resize)), v2.CenterCrop(img_size), v2.PILToTensor()])
+    """PIL image -> its central square, (3, img_size, img_size) uint8."""
+    return v2.Compose([functools.partial(center_square, img_size, val_resize), v2.PILToTensor()])
 
 
-def center_of_long(image: Image.Image) -> Image.Image:
-    """At most four times as long as wide, around the center: a line of pixels, resized whole, would fill the memory."""
-    return v2.functional.center_crop(image, [min(side, 4 * min(image.size)) for side in (image.height, image.width)])
+def center_square(img_size: int, val_resize: int, image: Image.Image) -> Image.Image:
+    """Resize the shorter side to `val_resize` pixels, and crop the center."""
+    # A line of pixels, resized whole, would fill the memory: first crop to at most four times as long as wide.
+    image = v2.functional.center_crop(image, [min(side, 4 * min(image.size)) for side in (image.height, image.width)])
+    return v2.functional.center_crop(v2.functional.resize(image, [max(img_size, val_resize)]), [img_size])
 
 
 def train_transform(args: Namespace) -> Callable:
     """The recipe's augmentation of single images: PIL image -> (3, S, S) uint8. `batch_augmentation` does the rest."""
+    crop = functools.partial(center_square, args.img_size, args.val_resize)
     if args.crop_scale < 1:
         crop = v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))
-    else:
-        side = max(args.img_size, args.val_resize)
-        crop = v2.Compose([center_of_long, v2.Resize(side), v2.CenterCrop(args.img_size)])
     return v2.Compose([crop, v2.RandomHorizontalFlip(args.hflip), v2.RandAugment(*args.randaug), v2.PILToTensor()])
 
 
-def batch_augmentation(args: Namespace, num_classes: int) -> Callable:
-    """Random erasing, then mixup or cutmix, as a function of a micro-batch on its device. What it does to an image
-    depends on (seed, step, the image's number in the step) alone: not on the process or the micro-batch."""
-    def augment(images: Tensor, labels: Tensor, step: int, first: int) -> tuple[Tensor, Tensor]:
-        if args.reprob:
-            images = random_erasing(images, args.reprob, first, args.batch_size, random_seed(args.seed, "erase", step))
-        if not (args.mixup or args.cutmix):
-            return images, labels
-        targets = F.one_hot(labels, num_classes).float()
-        return mixup_or_cutmix(images, targets, args.mixup, args.cutmix, random_seed(args.seed, "mix", step))
-    return augment
+def augment_batch(images: Tensor, labels: Tensor, first: int, step: int, num_classes: int,
+                  args: Namespace) -> tuple[Tensor, Tensor]:
+    """Random erasing, then mixup or cutmix, on the device: normalized images (B, 3, H, W), labels (B,) -> images and
+    the targets of cross_entropy. The result depends on the seed, the step and an image's number in the step, `first` of
+    the micro-batch's first image, but not on the number of processes or micro-batches."""
+    if args.reprob:
+        images = random_erasing(images, args.reprob, first, random_seed(args.seed, "erase", step))
+    if not (args.mixup or args.cutmix):
+        return images, labels
+    targets = F.one_hot(labels, num_classes).float()
+    return mixup_or_cutmix(images, targets, args.mixup, args.cutmix, random_seed(args.seed, "mix", step))
 
 
-def random_erasing(images: Tensor, probability: float, first: int, batch_size: int, seed: int) -> Tensor:
-    """Fill a rectangle of 2 to 33 % of an image's area, of aspect ratio 0.3 to 3.3, with noise.
-
-    images: (B, 3, H, W), normalized: numbers first, ..., first + B - 1 of the `batch_size` images of a step. Each has a
-    rectangle of its own; the noise under it is cut from one picture for each step.
-    """
-    (B, _, H, W), device = images.shape, images.device
-    generator = torch.Generator(device).manual_seed(seed)
-    chances = torch.rand(batch_size, 5, generator=generator, device=device)[first:first + B, :, None]
-    chosen, area, ratio, top, left = chances.unbind(1)  # (B, 1) each
-    area, ratio = H * W * (0.02 + 0.31 * area), 0.3 ** (2 * ratio - 1)
-    height, width = (area * ratio).sqrt().clamp(max=H), (area / ratio).sqrt().clamp(max=W)
-
-    def inside(start: Tensor, length: Tensor, side: int) -> Tensor:  # (B, side)
-        offset = torch.arange(side, device=device) + 0.5 - start * (side - length)
-        return (0 <= offset) & (offset < length)
-    rectangle = inside(top, height, H)[:, None, :, None] & inside(left, width, W)[:, None, None, :]
-    noise = torch.randn(3, H, W, generator=generator, device=device)
-    return torch.where(rectangle & (chosen < probability)[:, :, None, None], noise, images)
+def random_erasing(images: Tensor, probability: float, first: int, seed: int) -> Tensor:
+    """Fill a rectangle of 2 to 33 % of an image's area, with an aspect ratio from 0.3 to 3.3, with noise.
+    images: (B, 3, H, W), normalized: numbers first, ..., first + B - 1 of a step's images."""
+    images, (H, W) = images.clone(), images.shape[2:]
+    for number, image in enumerate(images, start=first):
+        rng = random.Random(random_seed(seed, number))
+        if rng.random() < probability:
+            area, ratio = H * W * rng.uniform(0.02, 0.33), 0.3 ** rng.uniform(-1, 1)
+            height, width = min(H, round(math.sqrt(area * ratio))), min(W, round(math.sqrt(area / ratio)))
+            top, left = rng.randint(0, H - height), rng.randint(0, W - width)
+            noise = torch.Generator(images.device).manual_seed(random_seed(seed, number, "noise"))
+            image[:, top:top + height, left:left + width].normal_(generator=noise)
+    return images
 
 
 def mixup_or_cutmix(images: Tensor, targets: Tensor, mixup: float, cutmix: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Mix neighbours, image 0 with 1, 2 with 3 and so on, in one proportion; with both alphas above 0 one of the two
-    methods, with equal probability. images (B, 3, H, W), targets (B, K) soft labels -> the same shapes."""
+    """Mix neighbours (images 0 and 1, 2 and 3, ...) in one proportion. With both alphas above 0, one of the methods is
+    chosen with equal probability. images (B, 3, H, W), soft labels `targets` (B, K) -> the same shapes."""
     rng = random.Random(seed)
     use_cutmix = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     keep = rng.betavariate(cutmix, cutmix) if use_cutmix else rng.betavariate(mixup, mixup)
 
     def neighbours(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    if use_cutmix:  # a rectangle of the neighbour's, with the proportions of the image
+    if use_cutmix:  # paste a rectangle of the neighbour, with the image's aspect ratio
         H, W = images.shape[2:]
         y, x, half = rng.randrange(H), rng.randrange(W), 0.5 * math.sqrt(1 - keep)
         top, bottom = max(0, y - int(half * H)), min(H, y + int(half * H))
@@ -409,11 +387,11 @@ def mixup_or_cutmix(images: Tensor, targets: Tensor, mixup: float, cutmix: float
     return mixed, targets.lerp(neighbours(targets), 1 - keep)
 
 
-# Options: DeiT's recipe, as the paper uses it, and what suits the built-in set ----------------------------------------
+# Options: DeiT's recipe, which the paper uses, and one for the built-in set -------------------------------------------
 
 def options() -> dict[str, Option]:
-    """An Option: what argparse takes; the default with --data, the recipe; the default without, for the built-in set,
-    which has few epochs and no augmentation that cuts off the shapes; help. A default of None depends on others."""
+    """The options: arguments of add_argument, default with --data (the recipe), default without (the built-in set: few
+    epochs, and no augmentation that cuts shapes off), help. A default of None depends on other options."""
     return {
         "data": Option(TEXT, None, None, "folder with {train,val}/<class>/<images>; without it: the built-in set"),
         "model": Option({"choices": MODELS}, "tiny", "nano", "model size; with --weights that of the checkpoint"),
@@ -459,21 +437,19 @@ def main(argv: list[str] | None = None) -> int:
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 class Run:
-    """The state of a training run, and the folder OUT that keeps it.
-
-    OUT/last.pt holds all of it, written after each validation, every --save-every steps and when the run is told to
-    stop; OUT/best.pt the weights that validated best; OUT/log.jsonl a line for each validation.
+    """The state of a training run, kept in the folder OUT: OUT/last.pt holds all of it, OUT/best.pt the weights with
+    the best score, OUT/log.jsonl a line for each validation.
 
     Args:
         data: the training and the validation set, with their `classes`.
         total_steps: optimizer steps of the whole run.
-        parts: what has a state_dict: `model`, `ema` (or None), `optimizer`, `scheduler`.
+        parts: objects with a state_dict: `model`, `ema` (or None), `optimizer`, `scheduler`.
 
     Attributes:
         step: optimizer steps taken.    validated: `step` at the last validation.    lr: of the last step.
         best: the best score so far.    better: which weights scored better at the last validation, "model" or "ema".
-        autocast: to be entered by `with run.autocast():`; `dtype` is its type, or None.
-        scaler: the gradient scaler, which does nothing but in fp16.
+        autocast: autocast to `dtype` in `with run.autocast():`, or nothing if `dtype` is None.
+        scaler: the gradient scaler, enabled in fp16 only.
     """
 
     def __init__(self, args: Namespace, distributed: Distributed, data: tuple[Dataset, Dataset], total_steps: int,
@@ -488,18 +464,17 @@ class Run:
                        "std": list(STD)}
         if distributed.rank == 0:
             names = "contents_of_training_files", "contents_of_validation_files"
-            self.config |= dict(zip(names, map(files_digest, data)))
+            self.config |= dict(zip(names, map(dataset_digest, data)))
         self.validated, self.loss_sum, self.lr, self.best, self.better, self.log = 0, 0.0, 0.0, -1.0, "model", []
-        self.reports = []  # of steps whose loss was not read yet
-        self.loss = math.nan  # of the last step that was read
+        self.reports = []  # of the steps whose loss has not been read yet
+        self.loss = math.nan  # the last one read
 
     @property
     def step(self) -> int:
         return self.scheduler.last_epoch
 
     def start_or_resume(self) -> None:
-        """With --resume restore the checkpoint. UserError rather than overwrite an earlier run."""
-        check_schedule(self.scheduler, self.total_steps, self.distributed.print)
+        """With --resume, restore the checkpoint. UserError if an earlier run would be overwritten."""
         path, last = checkpoint_to_resume(self.args), self.out / "last.pt"
         checkpoint = load_checkpoint(path) if path else {}
         seen = self.distributed.all_gather((checkpoint.get("step"), checkpoint.get("config")))
@@ -513,23 +488,28 @@ class Run:
         if path:
             self.restore(checkpoint, path)
         if self.distributed.rank == 0:
-            for name in "last.pt", "best.pt", "log.jsonl":  # of a run that was killed while it wrote
+            for name in "last.pt", "best.pt", "log.jsonl":  # left by a run that was killed while writing
                 (self.out / f"{name}.tmp").unlink(missing_ok=True)
         parameters = sum(p.numel() for p in self.model.parameters())
         self.distributed.print(f"{type(self.model).__name__} {self.args.model}, {parameters:,} parameters, on "
                                f"{self.distributed.world_size} x {self.distributed.device}, {self.dtype or 'float32'}; "
                                f"in {self.out}" + (f"; resumed at step {self.step}" if self.step else ""))
+        highest = max(map(self.scheduler.lr_lambdas[0], range(self.total_steps)))
+        if highest < 0.5 or self.args.lr == 0:
+            self.distributed.print(f"note: the learning rate does not exceed {highest * self.args.lr:.2e} in this run "
+                                   f"of {self.total_steps} steps: is the warm-up too long, or --lr too low?")
 
     def restore(self, checkpoint: dict, path: Path) -> None:
-        """Take the state from a checkpoint of the same run: other data, or another recipe, would be another run."""
-        if "optimizer" not in checkpoint:
-            raise UserError(f"--resume {path}: this file has only weights; resume a last.pt, or start from --weights")
+        """Restore the state of this run. UserError if the checkpoint is from other data or another recipe."""
+        if not {"optimizer", "config"} <= checkpoint.keys():
+            raise UserError(f"--resume {path}: this file has only weights, or is from an earlier version; resume a "
+                            f"last.pt, or start a new run with --weights")
         files = {path: checkpoint}
         if os.path.lexists(best := self.out / "best.pt"):  # it may be damaged, another run's, or newer than last.pt
             try:
                 files[best] = load_checkpoint(os.path.realpath(best))
             except UserError as error:
-                raise UserError(f"{error}; mend {best}, or remove it: the next validation writes another") from None
+                raise UserError(f"{error}; repair {best}, or remove it: the next validation writes a new one") from None
         try:
             for file, content in files.items():
                 check_classes(content["config"]["classes"], self.config["classes"], file)
@@ -542,7 +522,7 @@ class Run:
             for key in STATE:
                 setattr(self, key, checkpoint[key])
             self.best = files[best]["best"] if best in files else -1.0
-            if best not in files and self.log and self.step == self.validated:  # validate again, for a best.pt
+            if best not in files and self.log and self.step == self.validated:  # validate again, to write best.pt
                 again = self.log.pop()
                 self.validated = self.log[-1]["step"] if self.log else 0
                 self.loss_sum = again["loss"] * (self.step - self.validated)
@@ -550,8 +530,8 @@ class Run:
             raise UserError(f"--resume {path}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
 
     def restore_parts(self, checkpoint: dict) -> None:
-        """Take the weights, the optimizer's moments, the step and, in fp16, the scale. All else, such as the learning
-        rate of that step, follows from the options."""
+        """Restore the weights, the optimizer's moments, the step and the gradient scale. Everything else, such as the
+        learning rate, follows from these and the options."""
         for key in ("model", "ema") if self.ema else ("model",):
             self.parts[key].load_state_dict(visiongru.extract_state_dict(checkpoint[key]))
         step, moments = checkpoint["scheduler"]["last_epoch"], checkpoint["optimizer"]["state"]
@@ -560,7 +540,7 @@ class Run:
             raise ValueError(f"its optimizer knows {len(moments)} parameters of {len(parameters)}, and at step {step} "
                              f"its last validation is that of step {checkpoint['validated']}")
         state = {i: {} for i in range(len(parameters))}
-        for i, p in enumerate(parameters):  # the fused AdamW would read and write beyond a moment that is too small
+        for i, p in enumerate(parameters):  # fused AdamW would write out of bounds if a moment were too small
             for key, ours in ("step", torch.zeros(())), ("exp_avg", p), ("exp_avg_sq", p):
                 found = moments[i][key]
                 if (found.dtype, found.shape) != (ours.dtype, ours.shape) or not found.isfinite().all():
@@ -572,18 +552,18 @@ class Run:
             "last_epoch": step, "_step_count": step + 1, "_last_lr": rates})
         for group, rate in zip(self.optimizer.param_groups, rates):
             group["lr"] = rate
-        if self.scaler.is_enabled() and checkpoint["scaler"]:  # there is none without fp16
+        if self.scaler.is_enabled() and checkpoint["scaler"]:  # empty unless saved in fp16
             self.scaler.load_state_dict(self.scaler.state_dict() | {
                 key: checkpoint["scaler"][key] for key in ("scale", "_growth_tracker")})
 
     def steps(self, until: int) -> Iterator[int]:
-        """Yield for each optimizer step until `until` are taken. In between, read the loss of the step before, show
-        progress, save, and raise Stopped if a process was told to stop."""
+        """Yield once per optimizer step until `until` have been taken. In between, read the previous step's loss, show
+        progress, save, and raise Stopped if a process received a signal."""
         first, started = self.step, time.perf_counter()
         self.rate, self.started, shown = 0.0, started, started
         torch.backends.cudnn.benchmark = True  # all training images have one size
         with tqdm(total=self.total_steps, initial=first, unit="step", leave=False, dynamic_ncols=True,
-                  disable=self.distributed.rank > 0 or None) as bar:  # None: where there is no terminal
+                  disable=self.distributed.rank > 0 or None) as bar:  # None: disabled without a terminal
             while self.step < until:
                 yield self.step
                 self.read_losses(keep=1)
@@ -592,7 +572,7 @@ class Run:
                 progress = f"loss {self.loss:.3f}, lr {self.lr:.2e}, {self.rate:,.1f} images/s"
                 bar.update()
                 bar.set_postfix_str(progress, refresh=False)
-                if bar.disable and now - shown > 60:  # no terminal: a line a minute
+                if bar.disable and now - shown > 60:
                     shown = now
                     self.distributed.print(f"step {self.step} of {self.total_steps}: {progress}")
                 due = self.args.save_every and self.step % self.args.save_every == 0 and self.step < until
@@ -600,13 +580,13 @@ class Run:
                     self.save()
                 self.distributed.raise_if_stopped()
         torch.backends.cudnn.benchmark = False
-        if self.distributed.world_size > 1:  # each process has BatchNorm statistics of its own: take those of rank 0
+        if self.distributed.world_size > 1:  # BatchNorm's statistics differ between processes: take those of rank 0
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
 
     def report_loss(self, loss: Tensor) -> None:
-        """Start averaging a step's loss over the processes, and asking whether one was told to stop. On a GPU both
-        happen on the device, and the result is on its way to the host when `read_losses` wants it."""
+        """Start to average a step's loss over the processes, and to ask whether one received a signal. On a GPU this is
+        asynchronous: `read_losses` reads the result later, when it has reached the host."""
         distributed, ready = self.distributed, None
         stop = torch.full_like(loss, float(distributed.stop_signal > 0))
         report = torch.stack([loss / distributed.world_size, stop])
@@ -618,7 +598,7 @@ class Run:
         self.reports.append((self.step + 1, self.optimizer.param_groups[0]["lr"], report, ready))
 
     def read_losses(self, keep: int = 0) -> None:
-        """Read the reports of all steps but the last `keep`. UserError if a loss is not finite."""
+        """Read the losses of all steps but the last `keep`. UserError if one is not finite."""
         while len(self.reports) > keep:
             step, self.lr, report, ready = self.reports.pop(0)
             if ready:
@@ -629,16 +609,11 @@ class Run:
             if not math.isfinite(self.loss):
                 self.fail(f"the loss is {self.loss} at step {step} of {self.total_steps}, learning rate {self.lr:.3g}")
 
-    def validate(self, evaluate: Callable) -> object:
-        """evaluate(), after saving, since a validation may take long and may be killed."""
-        self.save()
-        return evaluate()
-
     def record(self, scores: dict, text: str, score: float, better: str = "model") -> None:
-        """After a validation: a line for the terminal, which begins with `text`; one for the log, with `scores`;
-        best.pt if `score`, of the weights named `better`, is the best so far; and last.pt."""
+        """After a validation: print a line that starts with `text`, append `scores` to the log, write best.pt if
+        `score`, that of the weights named `better`, is the best so far, and write last.pt."""
         loss = self.loss_sum / (self.step - self.validated)
-        seconds, usage = time.perf_counter() - self.started, accelerator_usage(self)
+        seconds, usage = time.perf_counter() - self.started, peak_memory(self.distributed.device)
         self.distributed.print(f"{text}  loss {loss:.4f}  lr {self.lr:.2e}  {self.rate:,.1f} images/s  {seconds:.0f} s"
                                + "".join(f"  {name} {value:.2f}" for name, value in usage.items()))
         self.log.append({"step": self.step, "loss": loss, "lr": self.lr, **scores, **usage, "images_per_s": self.rate,
@@ -675,37 +650,17 @@ class Run:
         raise UserError(f"{reason}; {last} is unchanged. A lower --lr, a longer warm-up or another --amp may help, in "
                         f"a new run: choose another --out{start}")
 
-
-def accelerator_usage(run: Run) -> dict[str, float]:
-    """The peak of an accelerator's memory in GiB, and the share of its FLOP/s that the model uses (MFU), as far as they
-    are known. A training step takes three times the FLOPs of a forward pass. For a CPU, nothing."""
-    module = torch.get_device_module(run.distributed.device)
-    if not hasattr(module, "max_memory_allocated"):
-        return {}
-    usage = {"GiB": module.max_memory_allocated() / 2**30}
-    peak = next((flops for card, flops in PEAK.items() if re.search(rf"\b{card}\b", module.get_device_name())), None)
-    if peak and run.dtype:
-        flops = forward_flops(run.model, run.config.get("crop_size") or run.config["img_size"])
-        usage["MFU"] = 3 * flops * run.rate / (peak * run.distributed.world_size)
-    return usage
+    def print_summary(self, script: str, result: str, options: Iterable[str] = ()) -> None:
+        """Print the best result and the command that evaluates it."""
+        best, data = str(self.out / "best.pt"), self.args.data
+        command = ["python", script, "--eval", "--weights", best, *(("--data", data) if data else ()), *options]
+        self.distributed.print(f"done: {best} has {result}. To evaluate it:\n  {shlex.join(command)}")
 
 
-PEAK = {  # FLOP/s in bf16 or fp16, from the data sheets
-    "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
-
-
-@functools.cache
-def forward_flops(model: nn.Module, size: int) -> float:
-    """FLOPs of a training forward pass for one square image of `size` pixels."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(model).to("meta")(torch.empty(2, 3, size, size, device="meta"))
-    return counter.get_total_flops() / 2
-
-
-# Precision and compilation --------------------------------------------------------------------------------------------
+# Precision, memory and compilation ------------------------------------------------------------------------------------
 
 def precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, Callable]:
-    """--amp -> the dtype of autocast, or None; and autocast, to be entered by `with autocast():`."""
+    """--amp -> the dtype of autocast, or None, and a context manager to use as `with autocast():`."""
     if amp == "auto":
         has_bf16 = device.type == "xpu" or (device.type == "cuda"
                                             and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -714,33 +669,39 @@ def precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, Calla
     return dtype, functools.partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """{"GiB": the accelerator's peak memory}; empty for a CPU."""
+    module = torch.get_device_module(device)
+    return {"GiB": module.max_memory_allocated() / 2**30} if hasattr(module, "max_memory_allocated") else {}
+
+
 def compiles(args: Namespace, device: torch.device) -> bool:
-    """Whether to compile: as --compile or --no-compile say, and by default on a CUDA GPU if Triton is installed."""
+    """Whether to compile: as --compile or --no-compile says, by default on CUDA if Triton is installed."""
     if args.compile is None:
         return device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return args.compile
 
 
 def compile_parts(model: nn.Module, log: Callable) -> None:
-    """torch.compile, in place, the parts of which the model has many: blocks of one shape share their code, so that it
-    takes a minute, where the whole model would take several. Validation, with images of any size, does without. So does
-    the decoder of UPerNet: compiled, its gradient in bf16 on a CPU has NaN in it (PyTorch 2.14)."""
-    torch._dynamo.config.cache_size_limit = 64  # with --drop-path every block has code of its own
-    torch._dynamo.config.optimize_ddp = False   # it would cut large blocks in two
+    """Compile the repeated parts of the model in place. Blocks of one shape share code, so this takes a minute where
+    the whole model would take several. UPerNet's decoder is left out: compiled, its bf16 gradient has NaNs on a CPU
+    (PyTorch 2.14)."""
+    torch._dynamo.config.cache_size_limit = 64  # with --drop-path each block is compiled separately
+    torch._dynamo.config.optimize_ddp = False   # it would split large blocks
     kinds = visiongru.Stem, visiongru.Block, visiongru.Downsample, visiongru.FCNHead
     parts = [part for part in model.modules() if isinstance(part, kinds)]
     for part in parts:
         part.compile(dynamic=False)
-    log(f"compiling {len(parts)} parts, those of one shape together, in the first step: it can take a minute or two; "
-        f"--no-compile turns it off")
+    log(f"compiling {len(parts)} parts of the model in the first step, which can take a minute or two; --no-compile "
+        f"turns it off")
 
 
 # Checkpoints ----------------------------------------------------------------------------------------------------------
 
-# A checkpoint is a dict. last.pt has a state dict for each of the run's parts, model, ema, optimizer, scheduler and
-# scaler (None if the run has no such part), the STATE of the run, its "step", and its "config": the options, the names
-# of the classes, the number of training images, and the mean and deviation of the preprocessing. best.pt has BEST of
-# these. Files with the same under the key "settings" in place of "config" were written by an earlier version.
+# A checkpoint is a dict. last.pt has a state dict for each part of the run, model, ema, optimizer, scheduler and scaler
+# (None if the run has no such part), the STATE of the run, its "step", and its "config": the options, the class names,
+# the number of training images, and the mean and standard deviation of the preprocessing. best.pt has only the entries
+# in BEST. An earlier version wrote "settings" for "config".
 STATE = "validated", "loss_sum", "lr", "best", "better", "log"
 BEST = "model", "ema", "better", "best", "step", "config"
 
@@ -750,27 +711,27 @@ def is_number(x: object, above: float = -math.inf, below: float = math.inf) -> b
 
 
 def are_scores(x: object, depth: int = 2) -> bool:
-    """Of a validation, or of its classes."""
+    """Whether x holds the scores of a validation: numbers or None by name, or by name and class."""
     return isinstance(x, dict) and all(isinstance(name, str) and (
         value is None or is_number(value) or depth > 1 and are_scores(value, depth - 1)) for name, value in x.items())
 
 
-def is_sound_tensor(x: object) -> bool:
-    """Whether a tensor has memory for each of its numbers, since otherwise one in a small file can be of any size, and
-    a type with arithmetic, which floats of 8 bits are not. True for what is no tensor."""
+def is_dense(x: object) -> bool:
+    """False for a tensor that has less memory than elements, so that a small file could claim any size, or whose dtype
+    has no arithmetic, such as 8-bit floats. True for anything but a tensor."""
     return not isinstance(x, Tensor) or (
         x.layout == torch.strided and not x.is_nested and not x.is_meta
         and x.untyped_storage().nbytes() >= x.numel() * x.itemsize and (x.itemsize > 1 or not x.is_floating_point()))
 
 
-def whole(least: int, most: int) -> tuple[str, Callable]:
-    return f"a whole number from {least} to {most}", lambda x: type(x) is int and least <= x <= most
+def integer(low: int, high: int) -> tuple[str, Callable]:
+    return f"an integer from {low} to {high}", lambda x: type(x) is int and low <= x <= high
 
 
-ENTRIES = {  # of a checkpoint, its config and its parts: what they must be, in words for a message and as a test
-    **dict.fromkeys(("step", "validated", "last_epoch", "_growth_tracker"), whole(0, 2**31 - 1)),
-    **dict.fromkeys(("img_size", "val_resize", "short_side", "crop_size"), whole(32, 2**15)),
-    **dict.fromkeys(("channels", "aux_channels"), whole(1, 2**15)), "ignore_label": whole(-2**31, 2**31 - 1),
+ENTRIES = {  # of a checkpoint, its config and its parts: what is expected, in words and as a test
+    **dict.fromkeys(("step", "validated", "last_epoch", "_growth_tracker"), integer(0, 2**31 - 1)),
+    **dict.fromkeys(("img_size", "val_resize", "short_side", "crop_size"), integer(32, 2**15)),
+    **dict.fromkeys(("channels", "aux_channels"), integer(1, 2**15)), "ignore_label": integer(-2**31, 2**31 - 1),
     **dict.fromkeys(("loss_sum", "lr", "best"), ("a finite number", is_number)),
     **dict.fromkeys(("mean", "std"), ("three numbers above 0", lambda x: isinstance(x, list) and len(x) == 3 and all(
         is_number(y, 0, 3e38) for y in x))),
@@ -789,8 +750,8 @@ MAY_CHANGE = {"data", "out", "resume", "weights", "backbone_weights", "device", 
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """The contents of a checkpoint file; no code in it is run. UserError if it is not a checkpoint, or damaged, or if
-    an entry is not as in ENTRIES. (`visiongru.extract_state_dict` asks that the weights are finite.)"""
+    """The contents of a checkpoint file; code in it is not executed. UserError if it is damaged, not a checkpoint, or
+    has an entry unlike ENTRIES. (`visiongru.extract_state_dict` checks that the weights are finite.)"""
     try:
         checkpoint = visiongru.read_checkpoint(path)
     except OSError as error:
@@ -799,37 +760,37 @@ def load_checkpoint(path: str | Path) -> dict:
         raise UserError(f"cannot use the checkpoint {path}: {error}") from None
     if not isinstance(checkpoint, dict) or not isinstance(config_of(checkpoint), dict):
         raise UserError(f"{path} is neither a checkpoint of these scripts nor a state dict")
-    rules = ENTRIES if config_of(checkpoint) else {"better": ENTRIES["better"]}  # other people's entries differ
+    rules = ENTRIES if config_of(checkpoint) else {"better": ENTRIES["better"]}  # other programs' entries differ
     for part in (part for part in (checkpoint, *checkpoint.values()) if isinstance(part, dict)):
         for name, value in part.items():
-            expected, is_sound = rules.get(name, ("a dense tensor", is_sound_tensor))
-            if not is_sound(value):
+            expected, is_valid = rules.get(name, ("a dense tensor", is_dense))
+            if not is_valid(value):
                 raise UserError(f"cannot use the checkpoint {path}: {shown(name)} is {shown(value)}; expected "
                                 f"{expected}")
     return checkpoint
 
 
 def shown(value: object) -> str:
-    """A value from a file for a message. The whole text of nested lists in a small file can fill the memory."""
+    """A value from a file, shortened for a message: nested lists in a small file can have a huge repr."""
     return (value if isinstance(value, str) else reprlib.repr(value))[:200]
 
 
 def config_of(checkpoint: dict) -> dict:
-    """The options and data that a checkpoint was trained with; empty for a state dict."""
+    """The config that a checkpoint was trained with; empty for a state dict."""
     return checkpoint.get("config", checkpoint.get("settings", {}))
 
 
 def checkpoint_to_resume(args: Namespace) -> Path | None:
-    """The checkpoint that --resume names; None for a new run, as with --resume auto where there is none yet."""
+    """The checkpoint that --resume names; None for a new run, also for --resume auto if there is no checkpoint yet."""
     if args.resume != "auto":
         return Path(args.resume) if args.resume else None
     last = Path(args.out, "last.pt")
-    return Path(os.path.realpath(last)) if os.path.lexists(last) else None  # it may be a link to what is not mounted
+    return Path(os.path.realpath(last)) if os.path.lexists(last) else None  # a broken link is an error, not a new run
 
 
 def open_checkpoint(args: Namespace, **defaults) -> dict:
-    """The state dict in --weights. Where the command line did not say, `args` take the checkpoint's config, or else
-    these defaults."""
+    """The state dict in --weights. Sets the `args` that the command line left out, from the checkpoint's config or else
+    from these defaults. Raises UserError."""
     if not args.weights:
         raise UserError("--eval and --predict need a checkpoint: --weights FILE")
     checkpoint = load_checkpoint(args.weights)
@@ -843,15 +804,15 @@ def open_checkpoint(args: Namespace, **defaults) -> dict:
         raise UserError(f"{args.weights}: {error}") from None
     head = weights.get("decode_head.conv_seg.weight", weights.get("head.weight"))
     if head is not None and (head.dim() < 2 or not 0 < len(head) == len(args.classes or head)):
-        raise UserError(f"{args.weights}: its classifier has the shape {tuple(head.shape)}; expected a row for each of "
-                        f"its {len(args.classes or [])} class names")
+        raise UserError(f"{args.weights}: its classifier has shape {tuple(head.shape)}; expected a row for each of its "
+                        f"{len(args.classes or [])} class names")
     return weights
 
 
 def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Callable = print,
                  classes: list | None = None) -> None:
-    """visiongru.load_weights from the contents of `path`. Its warnings are logged, its error is a UserError. `classes`:
-    what the model is to be trained on."""
+    """visiongru.load_weights from the contents of `path`, with its warnings logged and a UserError for its error.
+    `classes`: those that the model will be trained on."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -863,7 +824,7 @@ def load_weights(model: nn.Module, checkpoint: dict, path: str | Path, log: Call
     known = config_of(checkpoint).get("classes", classes)
     if classes and known != classes and len(known) == len(classes):
         theirs, ours = next(pair for pair in zip(known, classes) if pair[0] != pair[1])
-        log(f"{path}: its classifier, for as many other classes ({theirs!r} where the data has {ours!r}), is kept")
+        log(f"{path}: its classifier is kept, though the classes differ ({theirs!r} where the data has {ours!r})")
 
 
 def check_model(name: object, path: str | Path) -> None:
@@ -872,7 +833,7 @@ def check_model(name: object, path: str | Path) -> None:
 
 
 def check_classes(known: list, classes: list[str], path: str | Path) -> None:
-    """UserError if `known`, the classes of the checkpoint at `path` (None: any name), are not the data's `classes`."""
+    """UserError if the classes `known` to the checkpoint at `path` (None: any) differ from the data's `classes`."""
     if len(known) != len(classes):
         raise UserError(f"{path} was trained on {len(known)} classes and the data has {len(classes)}; to "
                         f"fine-tune on other classes, train with --weights {shlex.quote(str(path))}")
@@ -881,64 +842,66 @@ def check_classes(known: list, classes: list[str], path: str | Path) -> None:
             raise UserError(f"{path} was trained on other classes than the data's: {ours!r} where it has {theirs!r}")
 
 
-# Images and the order of images ---------------------------------------------------------------------------------------
+# Images and their order -----------------------------------------------------------------------------------------------
 
-# The formats of image files, by the extensions of their names. PIL knows others, some of which hold programs, and runs
-# those; and its registry lacks AVIF where it was built without.
+# File extensions and their formats. PIL has others, but some of those, like EPS, execute programs in the file.
 EXTENSIONS = {extension: kind for extension, kind in Image.registered_extensions().items()
               if kind in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")}
 
 
 def open_image(path: str | Path, extensions: Iterable[str] = EXTENSIONS) -> Image.Image:
-    """PIL's image of a file in one of the formats of `extensions`, whatever the file's own name says."""
+    """Open a file in one of the formats of `extensions`, whatever its own extension is."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is a folder, a pipe or a device; expected a file")
     return Image.open(path, formats=[EXTENSIONS[extension] for extension in extensions])
 
 
 def find_files(folder: str | Path, extensions: Iterable[str], log: Callable) -> list[str]:
-    """The files below a folder whose names have one of the extensions, in order; each once, whatever links lead to it.
-    Hidden ones are left out and, with a note, those with another extension. UserError for what is no regular file."""
-    found, others = [], []
-    seen = {*map(str, Path(os.path.realpath(folder)).parents), os.path.realpath(folder)}  # links to these lead back
+    """The files below a folder with one of the extensions, in order, each once, even if several links lead to it.
+    Skips hidden files and, with a note, other extensions. UserError for a pipe, a device or a broken link."""
+    found, others, root = [], [], os.path.realpath(folder)
+    seen = {root, *map(str, Path(root).parents)}  # links to these are cycles
 
-    def is_new(path: str) -> bool:
-        real = os.path.realpath(path)
-        return real not in seen and not seen.add(real)
+    def search(folder: str | Path, real_folder: str) -> None:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            # Only links cost a system call: on network storage one for each image of ImageNet would take minutes.
+            real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real_folder, entry.name)
+            if entry.name[0] == "." or real in seen:
+                continue
+            if entry.is_dir():
+                seen.add(real)
+                search(entry.path, real)
+            elif os.path.splitext(entry.name)[1].lower() not in extensions:
+                others.append(entry.path)
+            elif entry.is_file():
+                seen.add(real)
+                found.append(entry.path)
+            else:
+                raise UserError(f"{entry.path} is a pipe, a device or a broken link; expected a file")
 
-    def stop(error: OSError) -> None:
-        raise error
-    for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if name[0] != "." and is_new(os.path.join(root, name))]
-        for path in (os.path.join(root, name) for name in sorted(names) if name[0] != "."):
-            if Path(path).suffix.lower() not in extensions:
-                others.append(path)
-            elif not os.path.isfile(path):
-                raise UserError(f"{path} is a pipe, a device or a link to nothing; expected a file")
-            elif is_new(path):
-                found.append(path)
-    note_left_out(others, "their extensions are not among those that are read", log)
-    return sorted(found, key=lambda path: path.split(os.sep))
+    search(folder, root)
+    note_skipped(others, "unsupported extension", log)
+    return found
 
 
-def note_left_out(paths: list, reason: str, log: Callable) -> None:
+def note_skipped(paths: list, reason: str, log: Callable) -> None:
     if paths:
         more = f" and {len(paths) - 3} more" * (len(paths) > 3)
-        log(f"note: {len(paths)} files are left out, since {reason}: {', '.join(map(str, paths[:3]))}{more}")
+        log(f"note: {len(paths)} file(s) skipped, {reason}: {', '.join(map(str, paths[:3]))}{more}")
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, as a viewer shows it: upright, the first frame, transparent parts on white, 16 bits cut
-    to 8. UserError, with its path and the reason, if it cannot be read or has more pixels than PIL allows."""
+    """An image file as RGB, as a viewer shows it: upright, the first frame, transparent parts on white, 16 bits reduced
+    to 8. UserError, with the path and the reason, if it cannot be read or has more pixels than PIL allows."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images below the limit, and of odd metadata
+            warnings.simplefilter("ignore")  # about large images below the limit, and odd metadata
             with open_image(path) as image:
                 image.load()
                 kind = image.format
-                with contextlib.suppress(Exception):  # damaged EXIF data: the picture is as good as before
+                with contextlib.suppress(Exception):  # damaged EXIF data do not harm the pixels
                     ImageOps.exif_transpose(image, in_place=True)
-                # PIL opens some files of 16-bit grey as 32-bit "I", and its conversion turns all but the darkest white.
+                # PIL opens some 16-bit grey files as 32-bit "I", and its own conversion clips all above 255 to white.
                 if image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM"):
                     return image.convert("I").point(lambda value: value / 256).convert("RGB")
                 if image.mode[0] in "IF":
@@ -951,20 +914,21 @@ def read_image(path: str | Path) -> Image.Image:
         raise UserError(f"cannot read the image {path}: {error}") from None
 
 
-def files_digest(data: Dataset) -> str:
-    """By which a data set is known again, wherever it lies: a digest of the names of its files, their classes, and the
-    contents of some 1,000 of them, evenly spread. (To read all of ImageNet would take minutes.)"""
-    items = [x for item in getattr(data, "samples", getattr(data, "items", ())) for x in item]  # paths and classes
-    digest = hashlib.sha256(repr([x if isinstance(x, int) else os.path.basename(x) for x in items]).encode())
-    files = [x for x in items if not isinstance(x, int)]
-    for file in filter(os.path.isfile, files[::max(1, len(files) // 1000)]):
-        digest.update(Path(file).read_bytes())
+def dataset_digest(data: Dataset) -> str:
+    """A digest by which a resumed run recognizes its data: of all file names and classes, and the contents of about
+    1,000 samples, evenly spaced. (Reading all of ImageNet would take minutes.)"""
+    digest = hashlib.sha256()
+    for number, sample in enumerate(data.samples):
+        for item in sample:  # paths, and a class index
+            digest.update(f"{item if isinstance(item, int) else os.path.basename(item)}\n".encode())
+            if number % max(1, len(data.samples) // 1000) == 0 and not isinstance(item, int):
+                digest.update(Path(item).read_bytes())
     return digest.hexdigest()[:12]
 
 
 def normalizer(device: torch.device, mean: Iterable[float] = MEAN, std: Iterable[float] = STD) -> Callable:
-    """-> a function from images (B, 3, H, W) uint8 on `device` to what the model takes: float32, mean 0, deviation 1,
-    channels last. Mean and deviation are put on the device here, once: each copy makes the host wait for it."""
+    """A function that turns images (B, 3, H, W) uint8 on `device` into float32 of mean 0 and standard deviation 1,
+    channels last. (Mean and deviation are moved to the device once: a copy makes the host wait.)"""
     mean, std = (torch.tensor(list(numbers), device=device).view(3, 1, 1) for numbers in (mean, std))
 
     def normalize(images: Tensor) -> Tensor:
@@ -974,10 +938,10 @@ def normalizer(device: torch.device, mean: Iterable[float] = MEAN, std: Iterable
 
 
 class Stream(Dataset):
-    """`data` over and over, in a new order each time: an item for every position from 0 on, without end.
+    """An endless sequence of the items of `data`, in a new order each epoch, indexed by position.
 
-    The order depends on (seed, epoch), and what is random in an item on (seed, epoch, index): torch's generator is
-    seeded. (Its state is not restored: that takes longer than to read and augment a small picture.)
+    The order depends on (seed, epoch), and an item's random augmentation on (seed, epoch, index): torch's generator is
+    seeded for it. (Its state is not restored afterwards, which would cost more than a small image.)
     """
 
     def __init__(self, data: Dataset, seed: int):
@@ -994,38 +958,42 @@ class Stream(Dataset):
 
 
 def micro_batches(steps: range, args: Namespace, distributed: Distributed) -> Iterator[list[int]]:
-    """One process's micro-batches, as positions in a Stream: --grad-accum-steps of them for each step. Processes, and
-    micro-batches within a process, are contiguous parts of a step's images, which are the same however it is split."""
+    """One process's micro-batches, as positions in a Stream: --grad-accum-steps of them per step. Each is a contiguous
+    part of the step's images, so the step has the same images for any number of processes and micro-batches."""
     for step in steps:
         positions = torch.arange(step * args.batch_size, (step + 1) * args.batch_size)
         yield from positions.view(distributed.world_size, args.grad_accum_steps, -1)[distributed.rank].tolist()
 
 
-def split_batch(args: Namespace, world_size: int, multiple: int = 1) -> int:
-    """The number of images in a micro-batch, a multiple of `multiple`."""
+def split_batch(args: Namespace, world_size: int, in_pairs: bool = False) -> int:
+    """The number of images in a micro-batch; even if they are mixed in pairs. Raises UserError."""
     parts = world_size * args.grad_accum_steps
-    if args.batch_size % (parts * multiple):
-        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {parts * multiple}, for "
-                        f"{world_size} processes x --grad-accum-steps {args.grad_accum_steps}"
-                        + " x the pairs of --mixup and --cutmix" * (multiple > 1))
+    multiple = parts * 2 if in_pairs else parts
+    if args.batch_size % multiple:
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {multiple}, for {world_size} "
+                        f"processes x --grad-accum-steps {args.grad_accum_steps}"
+                        + " x the pairs of --mixup and --cutmix" * in_pairs)
     return args.batch_size // parts
 
 
 def training_loader(data: Dataset, steps: range, args: Namespace, distributed: Distributed) -> DataLoader:
-    """This process's micro-batches of all `steps`. There is one loader for the whole run, so that its workers start
-    once and never wait for a validation."""
+    """This process's micro-batches of all `steps`. A single loader serves the whole run, so its workers start once and
+    work ahead during validation."""
+    if len(data) < args.batch_size:
+        distributed.print(f"note: --batch-size {args.batch_size} is more than the {len(data)} training images, so that "
+                          f"a step has some of them several times; consider a smaller one")
     batches = micro_batches(steps, args, distributed)
     return make_loader(Stream(data, args.seed), args.workers, distributed, batch_sampler=batches)
 
 
 def validation_loader(data: Dataset, batch_size: int, args: Namespace, distributed: Distributed) -> DataLoader:
-    """This process's share of a data set: over all processes, each item once."""
+    """This process's share of a dataset. Over all processes, each item occurs once."""
     mine = range(distributed.rank, len(data), distributed.world_size)
     return make_loader(data, args.workers, distributed, sampler=mine, batch_size=batch_size)
 
 
 def make_loader(data: Dataset, workers: int, distributed: Distributed, **order) -> DataLoader:
-    """A DataLoader. UserError if its workers would lack file descriptors, without which they can wait for ever."""
+    """A DataLoader. UserError if there are too few file descriptors for its workers, which could then hang."""
     needed = 64 + 32 * workers
     with contextlib.suppress(ImportError):
         import resource  # Windows has none
@@ -1035,20 +1003,20 @@ def make_loader(data: Dataset, workers: int, distributed: Distributed, **order) 
                 resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
         except (ValueError, OSError):
             raise UserError(f"--workers {workers}: they need {needed} open files and the limit is {hard}; raise it "
-                            f"(ulimit -n), or take fewer") from None
+                            f"(ulimit -n), or use fewer workers") from None
     return DataLoader(data, num_workers=workers, worker_init_fn=ignore_signals, persistent_workers=workers > 0,
                       pin_memory=distributed.device.type == "cuda", **order)
 
 
 def random_seed(*parts: int | str) -> int:
-    """A seed for a random generator from numbers and words; the same on every machine and in every process."""
+    """A seed made from numbers and words, the same on every machine and in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
 # Signals --------------------------------------------------------------------------------------------------------------
 
 class Stopped(Exception):
-    """The run was told to stop, and has saved; its argument is the signal's number."""
+    """Raised once a run that received a signal has saved. The argument is the signal's number."""
 
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -1057,14 +1025,14 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_I
 
 
 def install_signal_handlers(distributed: Distributed) -> None:
-    """After a first Ctrl-C, SIGTERM or closed terminal, the loop takes at most one more step, saves and leaves. A
-    second one ends the process at once."""
+    """On a first Ctrl-C, SIGTERM or SIGHUP, the loop takes at most one more step, saves and exits. A second one ends
+    the process at once."""
     first_at = 0.0
 
     def handler(number: int, frame: object) -> None:
         nonlocal first_at
-        # The same signal may come twice: torchrun passes on what the terminal has sent to its processes too, and
-        # `timeout` sends it to the process and then to its group.
+        # One Ctrl-C may arrive twice: torchrun forwards a signal that the terminal also sent to its processes, and
+        # `timeout` signals the process and then its group.
         repeat = 1.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.1
         if not distributed.stop_signal:
             distributed.stop_signal, first_at = number, time.monotonic()
@@ -1079,15 +1047,15 @@ def install_signal_handlers(distributed: Distributed) -> None:
 
 
 def ignore_signals(_: int) -> None:
-    """In a data-loading worker: a signal to the whole group reaches it too, and it must last until the step is saved.
-    It ends ten minutes after SIGTERM."""
+    """For data-loading workers: a signal to the process group reaches them too, but they must live until the step is
+    saved. They end ten minutes after SIGTERM."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
 
 
 def kill_workers() -> None:
-    """End the data-loading workers at once. By themselves they would take their time."""
+    """Kill the data-loading workers, which would end slowly by themselves."""
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -1096,22 +1064,22 @@ def kill_workers() -> None:
 
 @dataclass
 class Distributed:
-    """This process among those that torchrun has started, one for each GPU."""
+    """This process among those that torchrun started, one per GPU."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
-    stop_signal: int = 0       # the first signal to stop that this process received
-    should_stop: bool = False  # whether any process had received one when they last compared
+    stop_signal: int = 0       # the first signal that this process received
+    should_stop: bool = False  # whether any process had received one at the last all-reduce
 
     def print(self, text: str) -> None:
-        """Print, on rank 0 alone. If the terminal, or the program that reads this, is gone, the run goes on without."""
+        """Print on rank 0. If the terminal, or the program reading the output, is gone, the run goes on without it."""
         with contextlib.suppress(UserError):
             if self.rank == 0:
                 print_result(text)
 
     def all_reduce(self, numbers: list) -> list[float]:
-        """Sum a list of numbers over all processes, and set `should_stop`. The host waits for the result."""
+        """Sum a list of numbers over all processes, and set `should_stop`. Waits for the result."""
         *numbers, stop = map(float, [*numbers, self.stop_signal])
         if self.world_size > 1:
             total = torch.tensor([*numbers, stop], dtype=torch.float64, device=self.device)
@@ -1133,7 +1101,7 @@ class Distributed:
 
 
 def init_distributed(device: str = "auto") -> Distributed:
-    """Join the other processes if torchrun started several, and take this one's device. Raises UserError."""
+    """Join the other processes if torchrun started several, and select this one's device. Raises UserError."""
     rank, world_size, local_rank = (from_torchrun(*name) for name in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -1144,7 +1112,7 @@ def init_distributed(device: str = "auto") -> Distributed:
         if device.type != "cpu":
             device = torch.device(device.type, local_rank if device.index is None else device.index)
             if world_size > 1 and device.index != local_rank:
-                raise RuntimeError("each process needs a device of its own: leave its number out")
+                raise RuntimeError("each process needs its own device: leave out the number")
             torch.accelerator.set_device_index(device.index)
             torch.set_float32_matmul_precision("high")  # tf32
     except RuntimeError as error:
@@ -1157,13 +1125,13 @@ def init_distributed(device: str = "auto") -> Distributed:
         raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}; start with "
                         f"torchrun, or unset RANK and WORLD_SIZE") from None
     if device.type == "cpu" and hasattr(os, "register_at_fork"):
-        # A workaround: before Python 3.12 a worker that is forked while a thread of gloo's holds Python's lock hangs.
+        # A workaround: before Python 3.12, a worker forked while a gloo thread holds the interpreter lock hangs.
         os.register_at_fork(before=lambda: time.sleep(0.05))
     return Distributed(rank, world_size, device)
 
 
 def from_torchrun(name: str, default: int) -> int:
-    """A number from the environment. UserError if it is none."""
+    """A number from an environment variable. UserError if it is not a number."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
         raise UserError(f"the environment variable {name} is {text!r}; expected a number: use torchrun, or unset it")
@@ -1173,10 +1141,8 @@ def from_torchrun(name: str, default: int) -> int:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 def atomic_write(path: Path, data: bytes | memoryview) -> None:
-    """Fill a temporary file, flush it to the disk, rename it: at any moment the file at `path` is whole.
-
-    Raises UserError if the disk is full, say; what was at `path` before is then unchanged.
-    """
+    """Write a temporary file, flush it to disk, and rename it, so that the file at `path` is complete at any moment.
+    Raises UserError, for example if the disk is full; an earlier file at `path` is then unchanged."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1198,30 +1164,30 @@ def encoded(save: Callable, **options) -> memoryview:
     return buffer.getbuffer()
 
 
-def make_folder(path: Path, open_file: Callable | None = None) -> IO:
-    """Make the folder --out, if need be. -> open_file(), or a temporary file in it. UserError if nothing can be written
-    there: sooner than after an epoch."""
+def make_folder(path: Path) -> None:
+    """Create the folder --out if necessary. UserError if it is not writable: better now than after an epoch."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        return open_file() if open_file else tempfile.TemporaryFile(dir=path)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"--out {path}: cannot write in this folder: {error.strerror}") from None
 
 
 @contextlib.contextmanager
 def locked_folder(out: Path, data: str | None = None) -> Iterator[None]:
-    """The folder --out, made if need be, for this run alone: the system frees its lock however this process ends.
-    (lockf rather than flock: data-loading workers do not inherit it, and over NFS it holds on all hosts.)"""
+    """Create the folder --out if necessary and lock it for this run. The system releases the lock when the process
+    ends, even if killed. (lockf rather than flock: workers do not inherit it, and over NFS it applies to all hosts.)"""
     for part in ("train", "val", "images", "annotations") if data else ():
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(Path(data, part))):
-            raise UserError(f"--out {out}: it would be read as data, in {Path(data, part)}; choose another --out")
+            raise UserError(f"--out {out} is inside the data, {Path(data, part)}; choose another --out")
     new = [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
-    with make_folder(out, lambda: open(out / "run.lock", "a+")) as file:
+    make_folder(out)
+    with open(out / "run.lock", "a+") as file:
         try:
             import fcntl  # Windows has none
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.stat(file.fileno()), os.stat(file.name))  # a run that just ended removed its own
-        except (ImportError, OSError) as error:  # of other kinds: storage without locks
+            ours = os.path.samestat(os.stat(file.fileno()), os.stat(file.name))  # a run that ends removes its file
+        except (ImportError, OSError) as error:  # any other error: storage without locks
             ours = not isinstance(error, (BlockingIOError, PermissionError, FileNotFoundError))
         if not ours:
             file.seek(0)
@@ -1233,23 +1199,23 @@ def locked_folder(out: Path, data: str | None = None) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(file.name)
-                for folder in new:  # if they are still empty
+                for folder in new:  # those still empty
                     folder.rmdir()
 
 
 # The command line -----------------------------------------------------------------------------------------------------
 
 class Option(NamedTuple):
-    """An option of a script; see `options`."""
+    """A command-line option."""
 
-    argument: dict    # for argparse's add_argument
+    argument: dict    # arguments of add_argument
     recipe: object    # default with --data
     built_in: object  # default without
     help: str
 
 
 def number(kind: type, is_valid: Callable, expected: str) -> dict:
-    """Arguments for add_argument: one number for which `is_valid`."""
+    """Arguments of add_argument for a number that satisfies `is_valid`."""
     def parse_number(text: str) -> int | float:
         with contextlib.suppress(ValueError):
             if is_valid(kind(text)):
@@ -1262,19 +1228,19 @@ def two(argument: dict) -> dict:
     return argument | {"nargs": 2}
 
 
-TEXT = number(str, bool, "some text (is a variable not set?)")
+TEXT = number(str, bool, "some text (is a shell variable empty?)")
 FLAG = {"action": argparse.BooleanOptionalAction}
-COUNT = number(int, lambda n: 1 <= n < 2**31, "a whole number of at least 1")
-COUNT_OR_NONE = number(int, lambda n: 0 <= n < 2**31, "a whole number of at least 0")
+COUNT = number(int, lambda n: 1 <= n < 2**31, "an integer of at least 1")
+COUNT_OR_ZERO = number(int, lambda n: 0 <= n < 2**31, "an integer of at least 0")
 AMOUNT = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
 SHARE = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-BELOW_1 = number(float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
+BELOW_1 = number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
 ALPHA = number(float, lambda x: x == 0 or 1e-6 <= x <= 1e6, "0 or a number from 1e-6 to 1e6")
-UP_TO_30 = number(int, lambda n: 0 <= n <= 30, "a whole number from 0 to 30")
+UP_TO_30 = number(int, lambda n: 0 <= n <= 30, "an integer from 0 to 30")
 PIXELS = number(int, lambda n: 32 <= n <= 16384, "32 to 16384 pixels")
 AMP = {"nargs": "?", "const": "auto", "choices": ["auto", "bf16", "fp16", "off"]}
 
-# Options of every use of a checkpoint, with their defaults.
+# Options that apply to every use of a checkpoint, with their defaults.
 CHECKPOINT_DEFAULTS = {"weights": None, "model": None, "device": "auto", "amp": "auto"}
 
 
@@ -1285,27 +1251,27 @@ def shared_options() -> dict[str, Option]:
         "opt-betas": Option(two(BELOW_1), [0.9, 0.999], [0.9, 0.999], "betas of AdamW"),
         "drop-path": Option(BELOW_1, 0.0, 0.0, "stochastic depth rate of the last block"),
         "hflip": Option(SHARE, 0.5, 0.5, "probability of a horizontal flip"),
-        "seed": Option(COUNT_OR_NONE, 0, 0, "random seed"),
+        "seed": Option(COUNT_OR_ZERO, 0, 0, "random seed"),
         "device": Option(TEXT, "auto", "auto", "auto, cpu or an accelerator: cuda, cuda:1, mps, xpu"),
         "amp": Option(AMP, "auto", "auto", "automatic mixed precision; auto: bf16 on a GPU that has it, else off"),
         "compile": Option(FLAG, None, None, "torch.compile the model's parts for training (on with CUDA and Triton)"),
         "grad-checkpointing": Option(FLAG, False, False, "recompute activations in the backward pass to save memory"),
-        "workers": Option(COUNT_OR_NONE, None, 0, "number of data-loading workers per process (share of the cores)"),
+        "workers": Option(COUNT_OR_ZERO, None, 0, "number of data-loading workers per process (share of the cores)"),
         "out": Option(TEXT, None, None, "output folder for checkpoints and log (runs/DATA-MODEL) or predictions"),
         "resume": Option(TEXT, None, None, "auto: continue from OUT/last.pt if it exists; or a checkpoint file"),
-        "save-every": Option(COUNT_OR_NONE, 0, 0, "steps between checkpoints, besides those at validations; 0: none"),
+        "save-every": Option(COUNT_OR_ZERO, 0, 0, "steps between checkpoints, in addition to validations; 0: off"),
     }
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # argparse's own prints all options too
+    def error(self, message: str) -> None:  # argparse would print all options first
         raise UserError(message.removeprefix("argument "))
 
 
 def parse(argv: list[str] | None, description: str, options: dict[str, Option], modes: dict[str, dict],
           inherited: dict[str, list[str]]) -> Namespace:
-    """The arguments. `modes`: for "eval" and "predict" the options that are of use there, and their defaults.
-    `inherited`: for an option that names a checkpoint, the options that default to that checkpoint's config."""
+    """Parse the command line. `modes`: the options that apply to --eval and --predict, with their defaults.
+    `inherited`: for options that name a checkpoint, the options whose defaults come from its config."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS)
     group = parser.add_mutually_exclusive_group()
@@ -1316,26 +1282,21 @@ def parse(argv: list[str] | None, description: str, options: dict[str, Option], 
         shown = f" ({'; built-in set: '.join(defaults)})" if defaults else ""
         parser.add_argument(f"--{name}", help=option.help + shown, **option.argument)
     given = vars(parser.parse_args(argv))
-    mode = next((mode for mode in modes if mode in given), None)
-    if mode:
+    if mode := next((mode for mode in modes if mode in given), None):
+        defaults = modes[mode]
         for name in given:
-            if name != mode and name not in modes[mode]:
+            if name != mode and name not in defaults:
                 parser.error(f"--{name.replace('_', '-')}: does nothing with --{mode}")
-        return finish({"eval": False, "predict": None, **modes[mode], **given})
-    column = "recipe" if "data" in given else "built_in"
-    defaults = {name.replace("-", "_"): getattr(option, column) for name, option in options.items()}
-    for source, names in inherited.items():
-        missing = [name for name in names if name not in given]
-        if given.get(source) and missing:
-            config = config_of(load_checkpoint(given[source]))
-            defaults |= {name: config[name] for name in missing if name in config}
-            check_model(defaults["model"], given[source])
-    return finish({"eval": False, "predict": None, **defaults, **given})
-
-
-def finish(arguments: dict) -> Namespace:
-    """The arguments as a Namespace, the number of workers filled in."""
-    args = Namespace(**arguments)
+    else:
+        column = "recipe" if "data" in given else "built_in"
+        defaults = {name.replace("-", "_"): getattr(option, column) for name, option in options.items()}
+        for source, names in inherited.items():
+            missing = [name for name in names if name not in given]
+            if given.get(source) and missing:
+                config = config_of(load_checkpoint(given[source]))
+                defaults |= {name: config[name] for name in missing if name in config}
+                check_model(defaults["model"], given[source])
+    args = Namespace(**{"eval": False, "predict": None, **defaults, **given})
     if vars(args).get("workers", 0) is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = max(1, cores // max(1, from_torchrun("LOCAL_WORLD_SIZE", 1))) if args.data else 0
@@ -1343,7 +1304,7 @@ def finish(arguments: dict) -> Namespace:
 
 
 def dispatch(args: Namespace, train: Callable, evaluate: Callable, predict: Callable) -> int:
-    """Do what the arguments ask for. -> the exit status: 0, 2, or 128 + the number of a signal that stopped it."""
+    """Train, evaluate or predict. Returns the exit status: 0, 2, or 128 + the number of the signal that stopped it."""
     distributed = init_distributed(args.device)
     act = predict if args.predict else evaluate if args.eval else train
     try:
@@ -1352,27 +1313,27 @@ def dispatch(args: Namespace, train: Callable, evaluate: Callable, predict: Call
             return act(args, distributed) or 0
     except Stopped as stopped:
         distributed.all_reduce([])  # wait for rank 0 to save: torchrun kills the rest when one exits
-        distributed.print("stopped by a signal, and saved: continue with the same command and --resume auto")
+        distributed.print("stopped and saved: continue with the same command and --resume auto")
         return 128 + stopped.args[0]
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 class UserError(Exception):
-    """Something the user can put right. The scripts print its message without a traceback and exit with status 2."""
+    """A mistake that the user can fix. The scripts print the message without a traceback and exit with status 2."""
 
     def __init__(self, message: object):
-        # A DataLoader hands over a worker's exception with the worker's traceback before the message.
+        # A DataLoader re-raises a worker's exception with the worker's traceback in front of the message.
         super().__init__(str(message).rsplit("UserError: ", 1)[-1].strip())
 
 
 def check_finite(logits: Tensor, source: str | Path) -> None:
     if not logits.isfinite().all():
-        raise UserError(f"{source}: the model's output is not finite, and no class is the best; another --amp may help")
+        raise UserError(f"{source}: the model's output is not finite; another --amp may help")
 
 
 def report_image(path: str | Path, error: Exception) -> None:
-    """Print why one of several images was not predicted. Raises `error` again if the others would meet it too."""
+    """Print why an image was not predicted. Raises `error` again unless it concerns this image alone."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         error = UserError(f"{path}: out of memory")
     if not isinstance(error, UserError):
@@ -1381,10 +1342,10 @@ def report_image(path: str | Path, error: Exception) -> None:
 
 
 def run_main(main: Callable) -> None:
-    """Run main() and exit with its status; with 2, and a line without a traceback, for what the user can put right
-    and if memory runs out; with 130 for Ctrl-C while there is nothing to save."""
+    """Run main() and exit with its status. Exits with 2 and a one-line message for a user's mistake or lack of memory,
+    with 130 for Ctrl-C when there is nothing to save."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed: no other file may get its number, and a result would be lost
+        if getattr(sys, name) is None:  # closed: another file must not get its number, nor a result be lost
             os.dup2(os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_RDWR), number)
             setattr(sys, name, open(number, "r" if name == "stdin" else "w"))
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
@@ -1392,10 +1353,10 @@ def run_main(main: Callable) -> None:
         status = main()
     except (Exception, KeyboardInterrupt) as error:
         if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader's handler would raise the error again
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would raise again
         status = report_error(error)
     kill_workers()
-    if dist.is_initialized():  # to destroy the group in order can hang, if another process waits in a step
+    if dist.is_initialized():  # destroying the group can hang if another process is waiting in a step
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -1406,7 +1367,7 @@ def report_error(error: BaseException) -> int:
     """Print what went wrong. -> the exit status."""
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    if os.environ.get("RANK", "0") != "0":  # if all meet the error, rank 0 reports it and torchrun kills the rest
+    if os.environ.get("RANK", "0") != "0":  # if rank 0 has the same error, it reports it and torchrun kills the rest
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     found = f"{type(error).__name__}: {error}".strip(": \n")
@@ -1414,7 +1375,7 @@ def report_error(error: BaseException) -> int:
     if isinstance(error, UserError):
         print_error(error)
     elif advice or isinstance(error, OSError):
-        print_error(found.splitlines()[-1 if "Traceback" in found else 0] + advice)  # the last is what a worker met
+        print_error(found.splitlines()[-1 if "Traceback" in found else 0] + advice)  # the last line of a worker's
     else:
         with contextlib.suppress(OSError):
             traceback.print_exception(error)
@@ -1422,41 +1383,40 @@ def report_error(error: BaseException) -> int:
     return 2
 
 
-ADVICE = {  # by the words of an error
+ADVICE = {  # by a pattern in the error
     r"gloo|DistBackendError|DistStoreError": "another process has ended; see its error",
-    r"shared memory|/torch_\d": "is /dev/shm too small? Enlarge it (docker run --shm-size=8g), or take --workers 0",
-    "Too many open files|ancdata": "raise the limit (ulimit -n 4096), or take fewer --workers",
-    r"(?i)c\+\+ compiler|CxxCompiler": "install one, or take --no-compile",
-    # The system kills a data-loading worker when memory runs out; what then fails may be the connection to it.
+    r"shared memory|/torch_\d": "is /dev/shm too small? Enlarge it (docker run --shm-size=8g), or use --workers 0",
+    "Too many open files|ancdata": "raise the limit (ulimit -n 4096), or use fewer --workers",
+    r"(?i)c\+\+ compiler|CxxCompiler": "install one, or use --no-compile",
+    # When memory runs out, the system may kill a data-loading worker; then the connection to it fails.
     r"^(MemoryError|OutOfMemoryError|ConnectionResetError|EOFError)|can't allocate memory|DataLoader worker \(pid":
-        "out of memory? More --grad-accum-steps, --grad-checkpointing, fewer --workers, smaller images or batches need "
-        "less",
+        "out of memory? Try more --grad-accum-steps, --grad-checkpointing, fewer --workers, smaller images or batches",
 }
 
 
 def printable(text: object) -> str:
-    """A line of text with the characters escaped that a terminal obeys. (Names come from anywhere.)"""
+    """A line of text with control characters escaped: names of files and classes may come from anywhere."""
     return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
                   lambda character: character[0].encode("unicode_escape").decode(), str(text))
 
 
 def print_error(message: object) -> None:
-    with contextlib.suppress(OSError):  # there is nobody to tell: the exit status still does
+    with contextlib.suppress(OSError):  # the exit status still tells
         tqdm.write("\n".join(map(printable, f"error: {message}".split("\n"))), file=sys.stderr)
 
 
 def print_result(text: str) -> None:
-    """Print, or raise UserError if what was asked for cannot be written."""
+    """Print a result. UserError if it cannot be written."""
     try:
         print(*map(printable, text.split("\n")), sep="\n", flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python tries to write it once more as it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes it again at exit
         raise UserError(f"cannot write the result to the standard output: {error.strerror}") from None
 
 
-# The built-in sets: textured shapes on textured grounds ---------------------------------------------------------------
+# The built-in datasets: textured shapes on textured backgrounds -------------------------------------------------------
 
-# Each shape as a test on points (u, v) of its own frame, about 1 in radius.
+# Whether a point (u, v) is inside the shape, in the shape's own frame, in which its radius is about 1.
 SHAPES = {
     "disc":      lambda u, v: u * u + v * v < 0.7,
     "ring":      lambda u, v: (u * u + v * v - 0.6).abs() < 0.3,
@@ -1472,10 +1432,10 @@ SHAPES = {
 
 
 def draw_scene(shapes: list[int], size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw shapes, of these indices into SHAPES, one over the other on a ground; each with a texture, place, size, tilt
-    and colours of its own, brighter than the ground. All but the shapes is decided by the torch.Generator.
+    """Draw the shapes with these indices in SHAPES over each other on a background. Texture, position, size, tilt and
+    colours, brighter than the background's, are random.
 
-    -> image (3, size, size) uint8, and mask (size, size) uint8: 0 for the ground, 1 + k for the shape with index k.
+    Returns an image (3, size, size) uint8 and a mask (size, size) uint8: 0 for the background, 1 + k for shape k.
     """
     chance = iter(torch.rand(16 + 32 * len(shapes), generator=generator).tolist())
 
@@ -1504,9 +1464,9 @@ def draw_scene(shapes: list[int], size: int, generator: torch.Generator) -> tupl
 
 
 class Shapes(Dataset):
-    """One shape per image, its kind the class. Item i depends on (split, i) alone, and is drawn when asked for."""
+    """One shape per image; its kind is the class. Images are drawn on access: image i depends on (seed, split, i)."""
 
-    classes, side, transform = list(SHAPES), 48, None
+    classes, side, transform, samples = list(SHAPES), 48, None, ()  # no files
 
     def __init__(self, split: str, length: int, size: int | None = None, seed: int = 0):
         self.split, self.length, self.size, self.seed = split, length, size or self.side, seed
@@ -1522,8 +1482,7 @@ class Shapes(Dataset):
 
 
 class Scenes(Shapes):
-    """For segment.py: one to three shapes on a ground, class 0, one over the other: (PIL image, mask (size, size)
-    uint8). Item i depends on (split, seed, i) alone, and is drawn when asked for."""
+    """For segment.py: one to three shapes on a background, which is class 0: (PIL image, mask (size, size) uint8)."""
 
     classes, side = ["ground", *SHAPES], 64
 

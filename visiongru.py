@@ -18,7 +18,7 @@ Read it from top to bottom:
     5. VisionGRU: the hierarchy of four stages, and its named sizes
     6. UPerNet: a class for every pixel, from the maps of the four stages
     7. load_weights, for our checkpoints and those of the paper's authors
-    8. what makes it fast and exportable: minGRU's own gradient, tiles, a scan for torch.export with dynamic sizes
+    8. speed, memory and export: minGRU's own gradient, tiles, a scan for torch.export with dynamic sizes
 
 Notation:
 
@@ -34,7 +34,7 @@ Notation:
     h, h0    the state, and the state before the first step
 
 Feature maps are (B, H, W, C) inside the blocks, where LayerNorm, linear layers and scans want channels last. Viewed as
-(B, C, H, W), the same memory is in the channels_last format that convolutions like, so no permute leads to a copy.
+(B, C, H, W), the same memory is in the channels_last format that convolutions prefer, so no permute makes a copy.
 Weights are initialised by PyTorch's defaults.
 """
 
@@ -75,8 +75,8 @@ def scan_log(a: Tensor, b: Tensor, h0: Tensor | None = None, reverse: bool = Fal
 
         h_t = A_t sum_{s<=t} b_s / A_s = exp(log A_t + logcumsumexp_{s<=t}(log b_s - log A_s)).
 
-    It needs a, b, h0 >= 0, and takes what is negative for 0. It is here for comparison: |log A_t| grows with t, and
-    float32 rounds it to one part in 10^7. The absolute error of the logarithm is the relative error of h_t, about 1e-2
+    It needs a, b, h0 >= 0, and treats negative values as 0. It is here for comparison: |log A_t| grows with t, and
+    float32 rounds it to one part in 10^7. This absolute error of the logarithm is a relative error of h_t, about 1e-2
     at T = 65,536.
     """
     _check_shapes(a, b, h0)
@@ -110,18 +110,18 @@ CHUNK = 16  # steps; torch.compile does not fuse those of a longer chunk into on
 def _chunked_scan(a, b, h0, reverse, emit, inputs=()):
     """Cut the sequence into chunks of up to CHUNK steps, and step through all chunks at once, in three passes:
 
-        1. From a state of zero, find each chunk's decay (the product of its a_t) and local state (the h_t at its end).
+        1. From a state of zero, compute each chunk's decay (the product of its a_t) and local state (its last h_t).
         2. A chunk turns the state before it into decay * state + local. So these states obey the same recurrence, in a
            sequence shorter by the chunk length. Scan it in the same way for the carry, the state before each chunk.
-        3. From the carry, find every h_t.
+        3. From the carry, compute every h_t.
 
     In each step of the third pass `emit` is called with (h_{t-1}, h_t, *that step of `inputs`). It returns a tuple of
     tensors (..., E), and these alone are stored: here one of the states, in section 8 gradients.
     Returns all that was emitted, concatenated, (..., T, E * length of the tuple), and the state after the last step.
     """
     T = b.shape[-2]
-    # The longest chunk, of 4 steps or more, that divides T. If none does, the last of the longest chunks is padded with
-    # a = 1 and b = 0, which leave a state as it is.
+    # The longest chunk, of 4 steps or more, that divides T. If none does, pad T to a multiple of the longest with a = 1
+    # and b = 0, which leave the state unchanged.
     chunk = T if T <= CHUNK else ([n for n in range(CHUNK, 3, -1) if T % n == 0] or [CHUNK])[0]
     if T % chunk:
         padding = (0, 0, 0, -T % chunk)
@@ -278,12 +278,12 @@ class GRU2D(nn.Module):
         return _in_tiles(both_ways, sequence).view_as(x)                        # both_ways(sequence), see section 8
 
 
-# 4. Around it: block, stem, downsampling ------------------------------------------------------------------------------
+# 4. Block, stem, downsampling -----------------------------------------------------------------------------------------
 
 class Block(nn.Module):
     """x = x + 2DGRU(DWConv3x3(LN(x))), then x = x + FFN(LN(x)). (B, H, W, C) -> (B, H, W, C).
 
-    The depthwise convolution shows a pixel its neighbours above and below before the scan, which walks along rows.
+    The depthwise convolution mixes vertical neighbours, which are a whole row apart in the scan.
     `drop_path` is the probability that an image skips a residual branch in training (stochastic depth).
     """
 
@@ -376,15 +376,15 @@ class VisionGRU(nn.Module):
         """x (B, 3, H, W) -> the outputs of the four stages, (B, C_i, H_i, W_i), with C_i = dim, 2 dim, 4 dim, 8 dim and
         1/4, 1/8, 1/16, 1/32 of the image's size, rounded up. They are not normalised.
 
-        H and W are at least 32, the stride of stage 4 (33 in a range for torch.export, which takes sizes of 1, as the
-        last map has at 32, for constants). Any floating-point dtype is accepted and cast to that of the parameters.
-        Raises ValueError for other images.
+        H and W are at least 32, the stride of stage 4 (33 when exported for a range: the last map of 32 pixels has size
+        1, which torch.export treats as a constant). Any floating-point dtype is cast to that of the parameters. Raises
+        ValueError for other images.
         """
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] < 32 or x.shape[3] < 32:
             raise ValueError(f"images have shape {tuple(x.shape)}; expected (B, 3, H, W), H and W at least 32")
         if not x.is_floating_point():
             raise ValueError(f"images are {x.dtype}; expected floating point, scaled and normalised "
-                             f"(for bytes: torchvision's to_dtype(x, torch.float32, scale=True), then normalize)")
+                             f"(for uint8: torchvision's to_dtype(x, torch.float32, scale=True), then normalize)")
 
         def run(part, x):
             return checkpoint(part, x, use_reentrant=False) if self.grad_checkpointing and self.training else part(x)
@@ -420,9 +420,9 @@ def resize_to(x: Tensor, size: Sequence[int]) -> Tensor:
 class UPerHead(nn.Module):
     """The decoder of UPerNet (arXiv 1807.10221): the four stages' maps -> logits (B, K, H/4, W/4), rounded up.
 
-        pyramid pooling   the last map, averaged over grids of 1x1, 2x2, 3x3 and 6x6, sees the scene as a whole
+        pyramid pooling   averages of the last map over grids of 1x1, 2x2, 3x3 and 6x6 give it global context
         top-down path     from the coarsest map to the finest, each is enlarged and added to the next (FPN)
-        fusion            all four are enlarged to the finest one's size, concatenated and convolved
+        fusion            all four are enlarged to the size of the finest, concatenated and convolved
 
     The layers have mmsegmentation's names, so that the authors' checkpoints load.
     """
@@ -516,7 +516,7 @@ _RELEASE_NAMES = [
 
 
 def read_checkpoint(path: str | os.PathLike) -> object:
-    """What torch.save wrote to a file, with its checksums verified and no code in it executed.
+    """Load a file written by torch.save, verifying its checksums and executing no code in it.
 
     Raises OSError if the file cannot be opened, and ValueError if it is not such a file.
     """
@@ -608,7 +608,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike | dict) -> nn.Modul
     return model
 
 
-# 8. What makes it fast and exportable ---------------------------------------------------------------------------------
+# 8. Speed, memory and export ------------------------------------------------------------------------------------------
 
 class _MinGRUScan(torch.autograd.Function):
     """u (B, T, 2E), h0 (B, E) or None -> every h_t, (B, T, E) in u's dtype, and the state after the last step, (B, E).
@@ -662,9 +662,9 @@ class _MinGRUScan(torch.autograd.Function):
 
 
 def _in_tiles(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), on a CPU in tiles of a few images, of about 2**20 elements each: the hidden activations, four times
-    as many, then stay in the cache, which saves a tenth of the time of stage 1 at 224 px, batch 8. (So a hook on a
-    MinGRU sees one tile at a time.)"""
+    """function(x), on a CPU in tiles of a few images, about 2**20 elements each, so that the hidden activations, four
+    times as many, stay in cache: this saves a tenth of the time of stage 1 at 224 px, batch 8. (A hook on a MinGRU then
+    sees one tile at a time.)"""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= 2**20:
         return function(x)
     return torch.cat([function(tile) for tile in x.split(max(1, 2**20 // x[0].numel()))])
