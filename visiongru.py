@@ -45,6 +45,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral  # numpy's integers too
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +167,7 @@ def _check_shapes(a, b, h0):
 
 def _check_positive_integers(**values):
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} is {value!r}; expected a positive integer")
 
 
@@ -353,9 +354,9 @@ class VisionGRU(nn.Module):
                  expansion: float = 2, mlp_ratio: float = 4, drop_path: float = 0.0, scan: str = "parallel",
                  grad_checkpointing: bool = False):
         super().__init__()
-        if len(depths) != 4 or any(not isinstance(depth, int) or depth < 1 for depth in depths):
+        if len(depths) != 4 or any(not isinstance(depth, Integral) or depth < 1 for depth in depths):
             raise ValueError(f"depths is {depths!r}; expected four positive integers, one for each stage")
-        if not isinstance(dim, int) or dim < 2 or dim % 2:
+        if not isinstance(dim, Integral) or dim < 2 or dim % 2:
             raise ValueError(f"dim is {dim}; expected an even number of at least 2 (the stem starts with half of it)")
         _check_positive_integers(num_classes=num_classes)
         if not 1 <= mlp_ratio * dim < math.inf:
