@@ -6,16 +6,16 @@
     python segment.py --eval --weights best.pt --data DIR               mean IoU of a checkpoint, and of each class
     python segment.py --predict street.jpg --weights best.pt --out DIR  label maps and overlays of images
 
-Expected are DIR/images/{training,validation}/NAME.jpg and DIR/annotations/{training,validation}/NAME.png, a label map
-with one number per pixel. The class names are the lines of DIR/classes.txt, or come from ADE20K's objectInfo150.txt, or
-are replaced by --num-classes. Label 0 means "other" and is ignored, label 1 is the first class; with
+DIR must contain images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png, each a label map
+with one number per pixel. The class names are the lines of DIR/classes.txt, or come from ADE20K's objectInfo150.txt;
+without either file, give --num-classes. Label 0 means "other" and is ignored, label 1 is the first class; with
 --no-zero-is-ignore, label 0 is the first class. --ignore-label (255) is ignored too.
 
-Images are resized to a shorter side of --crop-size, and predicted at that size. For thin structures try a larger
---short-side, and --balance 0.5, which gives rare classes more weight in the loss. --slide validates and predicts with
-overlapping windows of the crop size. Scores are computed over all pixels, at the size of the label maps; mIoU is the
-mean over the classes that occur or are predicted. --weights best.pt starts from a segmentation model. Because of
-dropout and BatchNorm, losses (but not images) depend on the number of processes.
+By default images are resized to a shorter side of --crop-size; training also scales them randomly (--scale). For thin
+structures try a larger --short-side, and --balance 0.5, which gives rare classes more weight in the loss. --slide
+validates and predicts with overlapping windows of the crop size. Scores are computed over all pixels, at the size of
+the label maps; mIoU is the mean over the classes that occur or are predicted. --weights best.pt starts from a
+segmentation model. Because of dropout and BatchNorm, losses (but not images) depend on the number of processes.
 
 The order is that of Part I of train.py: `train`, evaluation, prediction, data, options. The training step and the
 engine (runs, checkpoints, signals, processes, errors) are imported from train.py.
@@ -44,8 +44,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import visiongru
-from train import (AMOUNT, CHECKPOINT_DEFAULTS, COUNT, COUNT_OR_ZERO, FLAG, MEAN, MODELS, PIXELS, SHARE, STD, TEXT,
-                   Distributed, Option, Scenes, UserError, number, two)
+from train import (CHECKPOINT_DEFAULTS, FLAG, FRACTION, MEAN, MODELS, NON_NEGATIVE, NON_NEGATIVE_INT, PIXELS,
+                   POSITIVE_INT, STD, TEXT, Distributed, Option, Scenes, UserError, checked, pair)
 
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".pgm")  # for label maps: JPEG would change the labels
 LOSSY = "jpeg", "webp"  # compressions within TIFF
@@ -102,15 +102,15 @@ def train(args: Namespace, distributed: Distributed) -> None:
     def loss_fn(images: Tensor, masks: Tensor, first: int) -> Tensor:
         return segmentation_loss(ddp_model(normalize(images)), masks.long(), class_weights)
 
-    for start in range(run.validated // args.eval_every * args.eval_every, args.iters, args.eval_every):
+    while run.validated < args.iters:
         ddp_model.train()
-        for _ in run.steps(until=min(start + args.eval_every, args.iters)):
+        for _ in run.steps(until=min((run.validated // args.eval_every + 1) * args.eval_every, args.iters)):
             common.train_step(run, ddp_model, train_batches, loss_fn)
         run.save()  # validation may take long, and be killed
         window = args.crop_size if args.slide else 0
         confusion = evaluate(model, val_loader, distributed, normalize, run.autocast, window)
         result = scores(confusion, classes)
-        if start == 0 and args.zero_is_ignore and result["acc"][classes[-1]] is None:  # labels may count from 0
+        if not run.log and args.zero_is_ignore and result["acc"][classes[-1]] is None:  # labels may count from 0
             distributed.print(f"note: no validation pixel has the last label, {len(classes)}; if labels count from 0, "
                               f"start again with --no-zero-is-ignore")
         run.record(result, f"step {run.step:6d}/{args.iters}  {summary(result)}", result["miou"])
@@ -147,7 +147,7 @@ def segmentation_loss(outputs: tuple[Tensor, Tensor], masks: Tensor, class_weigh
 def balanced_weights(data: Dataset, balance: float) -> Tensor:
     """Class weights for the loss, (K,): the class's share of pixels ** -balance, scaled to a mean of 1 over all pixels.
     With 0.5, a class with 1 % of the pixels weighs five times as much as one with 30 %. The shares are estimated from
-    about 500 images, evenly spaced."""
+    250 to 500 images, evenly spaced."""
     pixels = torch.ones(len(data.classes))  # not zeros: a class may be absent from these images
     for index in range(0, len(data), -(-len(data) // 500)):
         _, mask = data[index]
@@ -270,17 +270,17 @@ def predict(args: Namespace, distributed: Distributed) -> int:
     image. An image that cannot be read is reported, and the others are processed. Returns the exit status: 2 if there
     was such an image."""
     model, normalize, autocast = model_from_checkpoint(args, distributed.device)
-    transform, first, out, unread = eval_transform(args.short_side), int(args.zero_is_ignore), Path(args.out), 0
+    transform, first, out, failed = eval_transform(args.short_side), int(args.zero_is_ignore), Path(args.out), 0
     names = dict(enumerate(args.classes or label_names(model.num_classes, first), start=first))
     stems = {}
     for path in args.predict:
         if stems.setdefault(Path(path).stem, path) != path:
             raise UserError(f"{stems[Path(path).stem]} and {path} would be written to the same file in {out}")
-    for path in (out / f"{stem}_{suffix}.png" for stem in stems for suffix in ("labels", "overlay")):
+    mine = list(stems.items())[distributed.rank::distributed.world_size]
+    for path in (out / f"{stem}_{suffix}.png" for stem, _ in mine for suffix in ("labels", "overlay")):
         if os.path.lexists(path):  # it may have been corrected by hand
             raise UserError(f"{path} already exists; move it, or choose another --out")
     common.make_folder(out)
-    mine = list(stems.items())[distributed.rank::distributed.world_size]
     for stem, path in tqdm(mine, unit="image", leave=False, disable=distributed.rank > 0 or None):
         try:
             image = common.read_image(path)
@@ -291,15 +291,15 @@ def predict(args: Namespace, distributed: Distributed) -> int:
             labels = label_map(logits, (image.height, image.width)) + first
         except Exception as error:
             common.report_image(path, error)
-            unread += 1
+            failed += 1
             continue
         labels = v2.functional.to_pil_image(labels.to("cpu", torch.uint8)).convert("P")
         labels.putpalette(palette(first))
         for suffix, picture in ("labels", labels), ("overlay", overlay(image, labels, names)):
             common.atomic_write(out / f"{stem}_{suffix}.png", common.encoded(picture.save, format="PNG"))
-    unread, done = distributed.all_reduce([unread, len(mine) - unread])
+    failed, done = distributed.all_reduce([failed, len(mine) - failed])
     distributed.print(f"{done:.0f} label maps (NAME_labels.png) and overlays (NAME_overlay.png) are in {out}")
-    return 2 if unread else 0
+    return 2 if failed else 0
 
 
 def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
@@ -515,34 +515,34 @@ def eval_transform(short_side: int) -> Callable:
 
 # Options: mmsegmentation's recipe for ADE20K, which the paper uses, and one for the built-in scenes -------------------
 
-CLASSES = number(int, lambda k: 1 <= k < IGNORE, f"1 to {IGNORE - 1} classes")
-LABEL = number(int, lambda n: -2**31 <= n < 2**31, "a 32-bit integer")
-SCALE = number(float, lambda x: 0 < x <= 16, "a number above 0 and at most 16")
-STRENGTH = number(float, lambda x: 0 <= x <= 2, "a number from 0 to 2")
+CLASSES = checked(int, lambda k: 1 <= k < IGNORE, f"1 to {IGNORE - 1} classes")
+LABEL = checked(int, lambda n: -2**31 <= n < 2**31, "a 32-bit integer")
+SCALE = checked(float, lambda x: 0 < x <= 16, "a number above 0 and at most 16")
+STRENGTH = checked(float, lambda x: 0 <= x <= 2, "a number from 0 to 2")
 
 
 def options() -> dict[str, Option]:
     """As in train.py."""
     return {
         "data": Option(TEXT, None, None, "folder with {images,annotations}/{training,validation} (built-in scenes)"),
-        "num-classes": Option(CLASSES, None, None, "number of classes (that of the class names in --data)"),
-        "zero-is-ignore": Option(FLAG, True, False, "label 0 is ignored and label 1 is the first class"),
+        "num-classes": Option(CLASSES, None, None, "number of classes (as many as --data has class names)"),
+        "zero-is-ignore": Option(FLAG, True, False, "ignore label 0; label 1 is the first class (on with --data)"),
         "ignore-label": Option(LABEL, IGNORE, IGNORE, "another label to ignore"),
         "model": Option({"choices": MODELS}, "tiny", "nano", "backbone size; with --weights that of the checkpoint"),
-        "channels": Option(COUNT, 512, 64, "width of the decoder"),
-        "aux-channels": Option(COUNT, 256, 32, "width of the auxiliary head"),
+        "channels": Option(POSITIVE_INT, 512, 64, "width of the decoder"),
+        "aux-channels": Option(POSITIVE_INT, 256, 32, "width of the auxiliary head"),
         "backbone-weights": Option(TEXT, None, None, "start the backbone from this classifier, ours or the authors'"),
-        "iters": Option(COUNT, 160_000, 2400, "training iterations: optimizer steps"),
-        "batch-size": Option(COUNT, 16, 16, "global batch size: images per optimizer step over all processes"),
-        "lr": Option(AMOUNT, 6e-5, 5e-3, "peak learning rate"),
-        "weight-decay": Option(AMOUNT, 0.01, 0.01, "weight decay, on all parameters except the norms"),
-        "warmup-iters": Option(COUNT_OR_ZERO, 1500, 200, "iterations of linear learning-rate warm-up"),
-        "short-side": Option(PIXELS, None, None, "shorter side of resized images, the longer at most 4x (crop-size)"),
-        "scale": Option(two(SCALE), [0.5, 2.0], [1.0, 1.0], "range of random scales of short-side in training"),
+        "iters": Option(POSITIVE_INT, 160_000, 2400, "training iterations: optimizer steps"),
+        "batch-size": Option(POSITIVE_INT, 16, 16, "global batch size: images per optimizer step over all processes"),
+        "lr": Option(NON_NEGATIVE, 6e-5, 5e-3, "peak learning rate"),
+        "weight-decay": Option(NON_NEGATIVE, 0.01, 0.01, "weight decay, on all parameters except the norms"),
+        "warmup-iters": Option(NON_NEGATIVE_INT, 1500, 200, "iterations of linear learning-rate warm-up"),
+        "short-side": Option(PIXELS, None, None, "resize the shorter side to this, the longer to up to 4x (crop-size)"),
+        "scale": Option(pair(SCALE), [0.5, 2.0], [1.0, 1.0], "range of random scales of short-side in training"),
         "crop-size": Option(PIXELS, 512, 64, "size of training crops in pixels, preferably a multiple of 32"),
         "distort": Option(STRENGTH, 1.0, 0.0, "strength of brightness, contrast, saturation and hue jitter"),
-        "balance": Option(SHARE, 0.0, 0.0, "weight rare classes in the loss: (share of the pixels) ** -balance"),
-        "eval-every": Option(COUNT, 4000, 600, "iterations between validations"),
+        "balance": Option(FRACTION, 0.0, 0.0, "weight rare classes in the loss: (share of the pixels) ** -balance"),
+        "eval-every": Option(POSITIVE_INT, 4000, 600, "iterations between validations"),
         "slide": Option(FLAG, False, False, "validate and predict with overlapping windows of crop-size"),
     } | common.shared_options()
 

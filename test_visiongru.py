@@ -1204,7 +1204,7 @@ def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_
 
 def test_options_that_let_a_run_learn_little_are_noted_before_training(pictures, micro, tmp_path, capsys):
     assert train.main(arguments(pictures, tmp_path / "run", "--batch-size", 64, "--epochs", 1)) == 0
-    assert re.search(r"note: the learning rate does not exceed 0.00e\+00 in this run of 1 steps.*warm-up(.|\n)*note: "
+    assert re.search(r"note: the learning rate never exceeds 0.00e\+00 in this run of 1 steps.*warm-up(.|\n)*note: "
                      "--batch-size 64 is more than the 51 training images", capsys.readouterr().out)
 
 
@@ -1234,7 +1234,7 @@ KEEP_IT = ".*; keep it, or start a new run with --weights"
 
 @pytest.mark.parametrize("either, more, message", [  # `more` follows the arguments of a run, or "only"
     ("train", "--grad-accum-steps 3",
-     "--batch-size 8: expected a multiple of 6, for 1 processes x --grad-accum-steps 3 x the pairs of "),
+     r"--batch-size 8: expected a multiple of 6, 1 process\(es\) x 3 micro-batch\(es\) x 2"),
     ("train", "--device cuda:99", "--device cuda:99: "),
     ("train", "--lr nan", "--lr: expected a number of at least 0, not 'nan'"),
     ("train", "--weights absent.pt", "cannot open the checkpoint absent.pt: No such file"),
@@ -1244,7 +1244,7 @@ KEEP_IT = ".*; keep it, or start a new run with --weights"
     ("train", TRAINED + " --data {tmp}/3", "train-images was 51 and is now 27"),
     ("train", f"only --eval --weights {BACKBONE} --data {{tmp}}/2 --device cpu", "on 3 classes and the data has 2"),
     ("train", "only --eval --device cpu", "need a checkpoint: --weights FILE"),
-    ("train", "only --eval --weights x --lr 1", "--lr: does nothing with --eval"),
+    ("train", "only --eval --weights x --lr 1", "--lr: has no effect with --eval"),
     ("train", "only --predict x.png --weights {segmented}/best.pt", "best.pt has no classifier"),
     ("segment", "--batch-size 4 --grad-accum-steps 4", "a micro-batch would be one image, and BatchNorm needs two"),
     ("segment", "--weights a --backbone-weights b", "--weights and --backbone-weights: give one of the two"),
@@ -1272,7 +1272,8 @@ def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one
         out.mkdir(parents=True)
         (out / name).write_text("dear")
         for resume in (), ("--resume", finished / "last.pt"), *auto:
-            message = f"{name} already exists: continue from its last.pt with --resume auto or choose another --out"
+            advice = "add --resume auto to continue from .*last.pt" if name == "last.pt" else "remove it"
+            message = f"{name} already exists: {advice}, or choose another --out"
             with pytest.raises(train.UserError, match=message):
                 train.main(arguments(pictures, out, "--drop-path", 0.2, *resume))
         assert (out / name).read_text() == "dear" and len(list(out.iterdir())) == 1
@@ -1287,7 +1288,7 @@ def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_i
             signal.pause()
     os.read(ready, 6)
     for resume in ((), ("--resume", "auto")):
-        with pytest.raises(train.UserError, match=rf"--out {out}: another run \(process {first} on .*\) uses this"):
+        with pytest.raises(train.UserError, match=rf"--out {out} is in use by another run \(process {first} on"):
             train.main(arguments(pictures, out, *resume))
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
@@ -1348,6 +1349,13 @@ def test_resume_with_more_epochs_takes_the_rates_of_the_new_schedule_from_the_fi
     assert rates == {step: 1e-3 * train.warmup_cosine(step, 18, 3) for step in range(12, 18)}
 
 
+def test_resume_with_other_iters_and_validations_goes_on_from_the_last_step(streets, micro, tmp_path):
+    for iters, eval_every, validated in (5, 3, [3, 5]), (5, 2, [3, 5]), (9, 2, [3, 5, 6, 8, 9]):
+        words = "--iters", iters, "--eval-every", eval_every, "--resume", "auto"
+        assert segment.main(seg_arguments(streets, tmp_path / "run", *words)) == 0
+        assert [line["step"] for line in history(tmp_path / "run")] == validated
+
+
 # A run that cannot be lost: crashes and signals -----------------------------------------------------------------------
 
 def wait_for(found, process):
@@ -1395,7 +1403,7 @@ def crash(name, words, out, moments):
         stdout, stderr = process.communicate(timeout=100)
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), stderr
         if number != signal.SIGKILL:
-            assert "stopped and saved: continue with the same command and --resume auto" in stdout
+            assert "saved and stopped; to continue, add --resume auto to the same command" in stdout
             assert "stopping and saving; a second signal stops at once" in stderr and "Traceback" not in stderr
         if steps or last.exists():
             before, steps = steps, train.load_checkpoint(last)["step"]
@@ -1626,7 +1634,7 @@ def test_environments_that_lack_something_are_named_in_one_line_with_a_way_out(e
 def test_environments_with_too_few_file_descriptors_are_refused_before_they_hang(pictures, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     train.make_loader(range(9), 2, train.Distributed())
-    with pytest.raises(train.UserError, match=r"--workers 999999: they need \d+ open files and the limit is \d+"):
+    with pytest.raises(train.UserError, match=r"--workers 999999 needs \d+ open files, but the limit is \d+"):
         train.make_loader(range(9), 999_999, train.Distributed())
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
 
@@ -1636,7 +1644,7 @@ def test_distributed_processes_that_read_different_checkpoints_are_refused(finis
         def all_gather(self, value):  # from this process and from another, which is one step on
             return [value, (value[0] + 1, value[1])]
     args = train.parse_arguments(arguments(pictures, finished, "--drop-path", 0.2, "--resume", "auto"))
-    with pytest.raises(train.UserError, match="see different .*last.pt: --out must be on storage shared by all"):
+    with pytest.raises(train.UserError, match="last.pt differs between processes: --out must be on storage shared"):
         train.train(args, Two(world_size=2))
 
 
@@ -2186,10 +2194,11 @@ def test_finite_or_else_the_run_ends_and_nothing_is_saved(more, unsound, reason,
         unsound(model)
         return model
     monkeypatch.setitem(train.MODELS, "nano", make)
-    with pytest.raises(train.UserError, match=f"{reason}.*; .*last.pt is unchanged") as error:
+    with pytest.raises(train.UserError, match=f"{reason}.*in a new run with another --out") as error:
         train.main(arguments(pictures, tmp_path / "run", "--save-every", 1, *more))
     step = int(re.search(r"step (\d+)", str(error.value))[1])
     last = tmp_path / "run" / "last.pt"
+    assert (f"from the unchanged {last}: --weights {last}" in str(error.value)) == last.exists()
     saved = train.load_checkpoint(last) if last.exists() else {"step": 0, "model": {}}
     assert saved["step"] == step - 1 and all(value.isfinite().all() for value in saved["model"].values())
 

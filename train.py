@@ -10,17 +10,17 @@ Part I is a training script to read from top to bottom: `train`, the training st
 data, options. Part II is the engine that segment.py shares: runs and checkpoints, signals, processes, files, errors.
 
 --batch-size is the global batch size, the number of images per optimizer step over all processes, so the recipe does
-not depend on the number of processes. All randomness is seeded by --seed and the number of the step or image. Results
-therefore do not depend on the number of workers, and a run that was stopped and resumed ends like one that was not
-(except for --drop-path, and for operations that a GPU does not repeat exactly).
+not depend on the number of processes. All randomness is seeded by --seed and the number of the step or image, so the
+results do not depend on the number of workers, on processes and micro-batches (except with --drop-path), or on being
+stopped and resumed, up to rounding and to operations that a GPU does not repeat exactly.
 
 OUT/last.pt is written before and after each validation, every --save-every steps, and on a signal. OUT/best.pt holds
 the weights with the best validation score, their moving average, the class names and the preprocessing; OUT/log.jsonl
 has a line for each validation.
 
-Long runs: add --resume auto --save-every 500, and give torchrun --max-restarts=3, with which it restarts processes that
-die; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the new processes read stale entries in torchrun's store. On several
-nodes add --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 on each; --out must be on shared storage.
+Long runs: add --resume auto --save-every 500, and pass --max-restarts=3 to torchrun, which then restarts all processes
+when one dies; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or they read stale entries in torchrun's store. For two nodes
+add --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=FIRST_NODE:29500 on each; --out must be on shared storage.
 Out of memory: --grad-accum-steps 4 splits each step in four, --grad-checkpointing recomputes activations in backward.
 Small images: enlarge them, since the stem divides both sides by four, and augment them less than ImageNet's, for
 example --img-size 64 --val-resize 64 --crop-scale 0.6 --randaug 0 0 --reprob 0 --mixup 0 --cutmix 0.
@@ -60,8 +60,8 @@ from typing import NamedTuple
 if sys.argv[0].endswith(("train.py", "segment.py")):  # no traceback for Ctrl-C while torch is being imported
     sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
 
-# Idle threads of GNU OpenMP spin, which makes a step forty times slower on a machine that is busy with other work. A
-# short spin costs nothing on an idle machine. The variable is read when torch is imported.
+# GNU OpenMP threads spin while idle, which makes a step up to forty times slower on a busy machine. A short spin costs
+# nothing on an idle one. The variable is read when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
@@ -148,7 +148,7 @@ def train_step(run: Run, ddp_model: nn.Module, batches: Iterator, loss_fn: Calla
     """One optimizer step, over --grad-accum-steps micro-batches (inputs, targets) from `batches`.
 
     loss_fn(inputs, targets, first) -> the mean loss of a micro-batch, whose first image is number `first` of the step.
-    Nothing here waits for the device: `Run.steps` reads the loss one step later.
+    There is no host-device sync here: `Run.steps` reads the loss one step later.
     """
     args, device = run.args, run.distributed.device
     step_loss = torch.zeros((), device=device)
@@ -156,17 +156,16 @@ def train_step(run: Run, ddp_model: nn.Module, batches: Iterator, loss_fn: Calla
         inputs, targets = (tensor.to(device, non_blocking=True) for tensor in next(batches))
         part = run.distributed.rank * args.grad_accum_steps + micro_step  # of the step's images
         torch.manual_seed(random_seed(args.seed, "step", run.step, part))  # for dropout and stochastic depth
-        # Gradients are all-reduced once per step, in the backward pass of its last micro-batch.
-        is_last = micro_step == args.grad_accum_steps - 1
-        with contextlib.nullcontext() if is_last or ddp_model is run.model else ddp_model.no_sync():
-            with run.autocast():
-                loss = loss_fn(inputs, targets, part * len(inputs)) / args.grad_accum_steps
-            run.scaler.scale(loss).backward()
+        # Like no_sync: DDP all-reduces gradients once per step, in the backward pass of the last micro-batch.
+        ddp_model.require_backward_grad_sync = micro_step == args.grad_accum_steps - 1
+        with run.autocast():
+            loss = loss_fn(inputs, targets, part * len(inputs)) / args.grad_accum_steps
+        run.scaler.scale(loss).backward()
         step_loss += loss.detach()
     run.report_loss(step_loss)
     run.scaler.step(run.optimizer)  # in fp16, skips the step if its gradients overflow,
     run.scaler.update()             # and then halves the scale
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     run.scheduler.step()
     if run.ema:
         update_ema(run.ema, run.model, args.model_ema_decay)
@@ -174,8 +173,8 @@ def train_step(run: Run, ddp_model: nn.Module, batches: Iterator, loss_fn: Calla
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """ema = decay * ema + (1 - decay) * model, for each parameter. Buffers are copied. (AveragedModel of
-    torch.optim.swa_utils waits for the device in each step.)"""
+    """ema = decay * ema + (1 - decay) * model, for each parameter. Buffers are copied.
+    (torch.optim.swa_utils.AveragedModel syncs with the device every step.)"""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for ours, theirs in zip(ema.buffers(), model.buffers()):
         ours.copy_(theirs)
@@ -213,7 +212,7 @@ def evaluate(models: dict[str, nn.Module], loader: Iterable, distributed: Distri
             loss = F.cross_entropy(logits, labels, reduction="sum")
             sums[name].append(torch.stack([loss, correct[:, 0].sum(), correct.sum()]))
         count += len(labels)
-    totals = [torch.stack(batches).cpu().double().sum(0) for batches in sums.values()]  # only here the host waits
+    totals = [torch.stack(batches).cpu().double().sum(0) for batches in sums.values()]  # the only host-device sync
     *totals, count = distributed.all_reduce([*torch.cat(totals).tolist(), count])
     distributed.raise_if_stopped()
     check_finite(torch.tensor(totals), "the validation images")
@@ -241,7 +240,7 @@ def predict(args: Namespace, distributed: Distributed) -> int:
     Returns the exit status: 2 if there was such an image."""
     model, normalize, autocast = model_from_checkpoint(args, distributed.device)
     transform = eval_transform(args.img_size, args.val_resize)
-    unread = 0
+    failed = 0
     for path in args.predict[distributed.rank::distributed.world_size]:
         try:
             image = transform(read_image(path))[None].to(distributed.device)
@@ -250,14 +249,14 @@ def predict(args: Namespace, distributed: Distributed) -> int:
             check_finite(logits, path)
         except Exception as error:
             report_image(path, error)
-            unread += 1
+            failed += 1
             continue
         top = logits.softmax(dim=0).topk(min(5, len(logits)))
         lines = [f"  {100 * p:6.2f} %  {args.classes[k] if args.classes else f'class {k}'}"
                  for p, k in zip(top.values.tolist(), top.indices.tolist())]
         print_result("\n".join(map(printable, [path, *lines])))
-    [unread] = distributed.all_reduce([unread])  # wait for all: torchrun kills the rest when one exits with an error
-    return 2 if unread else 0
+    [failed] = distributed.all_reduce([failed])  # wait for all: torchrun kills the rest when one exits with an error
+    return 2 if failed else 0
 
 
 def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Module, Callable, Callable]:
@@ -369,25 +368,25 @@ def mixup_or_cutmix(images: Tensor, targets: Tensor, mixup: float, cutmix: float
     chosen with equal probability. images (B, 3, H, W), soft labels `targets` (B, K) -> the same shapes."""
     rng = random.Random(seed)
     use_cutmix = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
-    keep = rng.betavariate(cutmix, cutmix) if use_cutmix else rng.betavariate(mixup, mixup)
+    lam = rng.betavariate(cutmix, cutmix) if use_cutmix else rng.betavariate(mixup, mixup)
 
     def neighbours(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     if use_cutmix:  # paste a rectangle of the neighbour, with the image's aspect ratio
         H, W = images.shape[2:]
-        y, x, half = rng.randrange(H), rng.randrange(W), 0.5 * math.sqrt(1 - keep)
+        y, x, half = rng.randrange(H), rng.randrange(W), 0.5 * math.sqrt(1 - lam)
         top, bottom = max(0, y - int(half * H)), min(H, y + int(half * H))
         left, right = max(0, x - int(half * W)), min(W, x + int(half * W))
         rectangle = (..., slice(top, bottom), slice(left, right))
         mixed = images.clone()
         mixed[rectangle] = neighbours(images)[rectangle]
-        keep = 1 - (bottom - top) * (right - left) / (H * W)
+        lam = 1 - (bottom - top) * (right - left) / (H * W)
     else:
-        mixed = images.lerp(neighbours(images), 1 - keep)
-    return mixed, targets.lerp(neighbours(targets), 1 - keep)
+        mixed = images.lerp(neighbours(images), 1 - lam)
+    return mixed, targets.lerp(neighbours(targets), 1 - lam)
 
 
-# Options: DeiT's recipe, which the paper uses, and one for the built-in set -------------------------------------------
+# Options: the paper's recipe, after DeiT's, and one for the built-in set ----------------------------------------------
 
 def options() -> dict[str, Option]:
     """The options: arguments of add_argument, default with --data (the recipe), default without (the built-in set: few
@@ -397,14 +396,14 @@ def options() -> dict[str, Option]:
         "model": Option({"choices": MODELS}, "tiny", "nano", "model size; with --weights that of the checkpoint"),
         "img-size": Option(PIXELS, 224, 48, "image size in pixels"),
         "val-resize": Option(PIXELS, None, 48, "shorter side before the center crop (img-size x 256 / 224)"),
-        "epochs": Option(COUNT, 300, 4, "training epochs"),
-        "batch-size": Option(COUNT, 1024, 32, "global batch size: images per optimizer step over all processes"),
-        "lr": Option(AMOUNT, None, 1e-3, "peak learning rate (1e-3 x batch-size / 1024)"),
-        "weight-decay": Option(AMOUNT, 0.05, 0.05, "weight decay, on every parameter"),
-        "warmup-epochs": Option(AMOUNT, None, 1, "epochs of linear learning-rate warm-up (epochs / 15)"),
-        "crop-scale": Option(SHARE, 0.08, 1.0, "minimum area of a random resized crop, as a fraction; 1: no crop"),
-        "randaug": Option(two(UP_TO_30), [2, 9], [0, 0], "number of operations and magnitude of RandAugment"),
-        "reprob": Option(SHARE, 0.25, 0.0, "probability of random erasing"),
+        "epochs": Option(POSITIVE_INT, 300, 4, "training epochs"),
+        "batch-size": Option(POSITIVE_INT, 1024, 32, "global batch size: images per optimizer step over all processes"),
+        "lr": Option(NON_NEGATIVE, None, 1e-3, "peak learning rate (1e-3 x batch-size / 1024)"),
+        "weight-decay": Option(NON_NEGATIVE, 0.05, 0.05, "weight decay, on every parameter"),
+        "warmup-epochs": Option(NON_NEGATIVE, None, 1, "epochs of linear learning-rate warm-up (epochs / 15)"),
+        "crop-scale": Option(FRACTION, 0.08, 1.0, "minimum area of a random resized crop, as a share; 1: center crop"),
+        "randaug": Option(pair(UP_TO_30), [2, 9], [0, 0], "number of operations and magnitude (to 30) of RandAugment"),
+        "reprob": Option(FRACTION, 0.25, 0.0, "probability of random erasing"),
         "mixup": Option(ALPHA, 0.8, 0.0, "mixup alpha; 0: off"),
         "cutmix": Option(ALPHA, 1.0, 0.0, "cutmix alpha; 0: off"),
         "smoothing": Option(BELOW_1, 0.1, 0.0, "label smoothing"),
@@ -479,12 +478,11 @@ class Run:
         checkpoint = load_checkpoint(path) if path else {}
         seen = self.distributed.all_gather((checkpoint.get("step"), checkpoint.get("config")))
         if any(other != seen[0] for other in seen):
-            raise UserError(f"the processes see different {path or last}: --out must be on storage shared by all of "
-                            f"them")
+            raise UserError(f"{path or last} differs between processes: --out must be on storage shared by all of them")
         for earlier in last, self.out / "best.pt", self.out / "log.jsonl":
             if os.path.lexists(earlier) and (path is None or path.resolve() != last.resolve()):
-                raise UserError(f"{earlier} already exists: continue from its last.pt with --resume auto or choose "
-                                f"another --out")
+                advice = f"add --resume auto to continue from {last}" if last.exists() else "remove it"
+                raise UserError(f"{earlier} already exists: {advice}, or choose another --out")
         if path:
             self.restore(checkpoint, path)
         if self.distributed.rank == 0:
@@ -496,7 +494,7 @@ class Run:
                                f"in {self.out}" + (f"; resumed at step {self.step}" if self.step else ""))
         highest = max(map(self.scheduler.lr_lambdas[0], range(self.total_steps)))
         if highest < 0.5 or self.args.lr == 0:
-            self.distributed.print(f"note: the learning rate does not exceed {highest * self.args.lr:.2e} in this run "
+            self.distributed.print(f"note: the learning rate never exceeds {highest * self.args.lr:.2e} in this run "
                                    f"of {self.total_steps} steps: is the warm-up too long, or --lr too low?")
 
     def restore(self, checkpoint: dict, path: Path) -> None:
@@ -560,7 +558,7 @@ class Run:
         """Yield once per optimizer step until `until` have been taken. In between, read the previous step's loss, show
         progress, save, and raise Stopped if a process received a signal."""
         first, started = self.step, time.perf_counter()
-        self.rate, self.started, shown = 0.0, started, started
+        self.rate, self.started, last_print = 0.0, started, started
         torch.backends.cudnn.benchmark = True  # all training images have one size
         with tqdm(total=self.total_steps, initial=first, unit="step", leave=False, dynamic_ncols=True,
                   disable=self.distributed.rank > 0 or None) as bar:  # None: disabled without a terminal
@@ -572,8 +570,8 @@ class Run:
                 progress = f"loss {self.loss:.3f}, lr {self.lr:.2e}, {self.rate:,.1f} images/s"
                 bar.update()
                 bar.set_postfix_str(progress, refresh=False)
-                if bar.disable and now - shown > 60:
-                    shown = now
+                if bar.disable and now - last_print > 60:
+                    last_print = now
                     self.distributed.print(f"step {self.step} of {self.total_steps}: {progress}")
                 due = self.args.save_every and self.step % self.args.save_every == 0 and self.step < until
                 if self.distributed.should_stop or due:
@@ -646,9 +644,9 @@ class Run:
 
     def fail(self, reason: str) -> None:
         last = self.out / "last.pt"
-        start = f", and --weights {shlex.quote(str(last))} to start from its weights" if last.exists() else ""
-        raise UserError(f"{reason}; {last} is unchanged. A lower --lr, a longer warm-up or another --amp may help, in "
-                        f"a new run: choose another --out{start}")
+        start = f", from the unchanged {last}: --weights {shlex.quote(str(last))}" if last.exists() else ""
+        raise UserError(f"{reason}. A lower --lr, a longer warm-up or another --amp may help, in a new run with "
+                        f"another --out{start}")
 
     def print_summary(self, script: str, result: str, options: Iterable[str] = ()) -> None:
         """Print the best result and the command that evaluates it."""
@@ -915,8 +913,8 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def dataset_digest(data: Dataset) -> str:
-    """A digest by which a resumed run recognizes its data: of all file names and classes, and the contents of about
-    1,000 samples, evenly spaced. (Reading all of ImageNet would take minutes.)"""
+    """A digest by which a resumed run recognizes its data: of all file names and classes, and the contents of
+    1,000 to 2,000 samples, evenly spaced. (Reading all of ImageNet would take minutes.)"""
     digest = hashlib.sha256()
     for number, sample in enumerate(data.samples):
         for item in sample:  # paths, and a class index
@@ -927,8 +925,8 @@ def dataset_digest(data: Dataset) -> str:
 
 
 def normalizer(device: torch.device, mean: Iterable[float] = MEAN, std: Iterable[float] = STD) -> Callable:
-    """A function that turns images (B, 3, H, W) uint8 on `device` into float32 of mean 0 and standard deviation 1,
-    channels last. (Mean and deviation are moved to the device once: a copy makes the host wait.)"""
+    """A function from images (B, 3, H, W) uint8 on `device` to (images / 255 - mean) / std, float32, channels last.
+    (Mean and deviation are moved to the device once, here: a copy is a host-device sync.)"""
     mean, std = (torch.tensor(list(numbers), device=device).view(3, 1, 1) for numbers in (mean, std))
 
     def normalize(images: Tensor) -> Tensor:
@@ -970,9 +968,8 @@ def split_batch(args: Namespace, world_size: int, in_pairs: bool = False) -> int
     parts = world_size * args.grad_accum_steps
     multiple = parts * 2 if in_pairs else parts
     if args.batch_size % multiple:
-        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {multiple}, for {world_size} "
-                        f"processes x --grad-accum-steps {args.grad_accum_steps}"
-                        + " x the pairs of --mixup and --cutmix" * in_pairs)
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {multiple}, {world_size} process(es) "
+                        f"x {args.grad_accum_steps} micro-batch(es)" + " x 2 (images are mixed in pairs)" * in_pairs)
     return args.batch_size // parts
 
 
@@ -1002,7 +999,7 @@ def make_loader(data: Dataset, workers: int, distributed: Distributed, **order) 
             if workers and 0 <= soft < needed:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
         except (ValueError, OSError):
-            raise UserError(f"--workers {workers}: they need {needed} open files and the limit is {hard}; raise it "
+            raise UserError(f"--workers {workers} needs {needed} open files, but the limit is {hard}; raise it "
                             f"(ulimit -n), or use fewer workers") from None
     return DataLoader(data, num_workers=workers, worker_init_fn=ignore_signals, persistent_workers=workers > 0,
                       pin_memory=distributed.device.type == "cuda", **order)
@@ -1191,7 +1188,7 @@ def locked_folder(out: Path, data: str | None = None) -> Iterator[None]:
             ours = not isinstance(error, (BlockingIOError, PermissionError, FileNotFoundError))
         if not ours:
             file.seek(0)
-            raise UserError(f"--out {out}: another run{file.read()} uses this folder; end it, or choose another --out")
+            raise UserError(f"--out {out} is in use by another run{file.read()}; stop it, or choose another --out")
         file.truncate(0)
         print(f" (process {os.getpid()} on {platform.node()})", end="", file=file, flush=True)
         try:
@@ -1210,11 +1207,11 @@ class Option(NamedTuple):
 
     argument: dict    # arguments of add_argument
     recipe: object    # default with --data
-    built_in: object  # default without
+    built_in: object  # default without --data
     help: str
 
 
-def number(kind: type, is_valid: Callable, expected: str) -> dict:
+def checked(kind: type, is_valid: Callable, expected: str) -> dict:
     """Arguments of add_argument for a number that satisfies `is_valid`."""
     def parse_number(text: str) -> int | float:
         with contextlib.suppress(ValueError):
@@ -1224,20 +1221,20 @@ def number(kind: type, is_valid: Callable, expected: str) -> dict:
     return {"type": parse_number}
 
 
-def two(argument: dict) -> dict:
+def pair(argument: dict) -> dict:
     return argument | {"nargs": 2}
 
 
-TEXT = number(str, bool, "some text (is a shell variable empty?)")
+TEXT = checked(str, bool, "some text (is a shell variable empty?)")
 FLAG = {"action": argparse.BooleanOptionalAction}
-COUNT = number(int, lambda n: 1 <= n < 2**31, "an integer of at least 1")
-COUNT_OR_ZERO = number(int, lambda n: 0 <= n < 2**31, "an integer of at least 0")
-AMOUNT = number(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
-SHARE = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-BELOW_1 = number(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
-ALPHA = number(float, lambda x: x == 0 or 1e-6 <= x <= 1e6, "0 or a number from 1e-6 to 1e6")
-UP_TO_30 = number(int, lambda n: 0 <= n <= 30, "an integer from 0 to 30")
-PIXELS = number(int, lambda n: 32 <= n <= 16384, "32 to 16384 pixels")
+POSITIVE_INT = checked(int, lambda n: 1 <= n < 2**31, "an integer of at least 1")
+NON_NEGATIVE_INT = checked(int, lambda n: 0 <= n < 2**31, "an integer of at least 0")
+NON_NEGATIVE = checked(float, lambda x: 0 <= x < math.inf, "a number of at least 0")
+FRACTION = checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+BELOW_1 = checked(float, lambda x: 0 <= x < 1, "a number of at least 0 and below 1")
+ALPHA = checked(float, lambda x: x == 0 or 1e-6 <= x <= 1e6, "0 or a number from 1e-6 to 1e6")
+UP_TO_30 = checked(int, lambda n: 0 <= n <= 30, "an integer from 0 to 30")
+PIXELS = checked(int, lambda n: 32 <= n <= 16384, "32 to 16384 pixels")
 AMP = {"nargs": "?", "const": "auto", "choices": ["auto", "bf16", "fp16", "off"]}
 
 # Options that apply to every use of a checkpoint, with their defaults.
@@ -1247,19 +1244,19 @@ CHECKPOINT_DEFAULTS = {"weights": None, "model": None, "device": "auto", "amp": 
 def shared_options() -> dict[str, Option]:
     return {
         "weights": Option(TEXT, None, None, "checkpoint to start from or, with --eval and --predict, to use"),
-        "grad-accum-steps": Option(COUNT, 1, 1, "micro-batches per optimizer step"),
-        "opt-betas": Option(two(BELOW_1), [0.9, 0.999], [0.9, 0.999], "betas of AdamW"),
+        "grad-accum-steps": Option(POSITIVE_INT, 1, 1, "micro-batches per optimizer step"),
+        "opt-betas": Option(pair(BELOW_1), [0.9, 0.999], [0.9, 0.999], "betas of AdamW"),
         "drop-path": Option(BELOW_1, 0.0, 0.0, "stochastic depth rate of the last block"),
-        "hflip": Option(SHARE, 0.5, 0.5, "probability of a horizontal flip"),
-        "seed": Option(COUNT_OR_ZERO, 0, 0, "random seed"),
+        "hflip": Option(FRACTION, 0.5, 0.5, "probability of a horizontal flip"),
+        "seed": Option(NON_NEGATIVE_INT, 0, 0, "random seed"),
         "device": Option(TEXT, "auto", "auto", "auto, cpu or an accelerator: cuda, cuda:1, mps, xpu"),
         "amp": Option(AMP, "auto", "auto", "automatic mixed precision; auto: bf16 on a GPU that has it, else off"),
         "compile": Option(FLAG, None, None, "torch.compile the model's parts for training (on with CUDA and Triton)"),
         "grad-checkpointing": Option(FLAG, False, False, "recompute activations in the backward pass to save memory"),
-        "workers": Option(COUNT_OR_ZERO, None, 0, "number of data-loading workers per process (share of the cores)"),
+        "workers": Option(NON_NEGATIVE_INT, None, 0, "number of data-loading workers per process (share of the cores)"),
         "out": Option(TEXT, None, None, "output folder for checkpoints and log (runs/DATA-MODEL) or predictions"),
         "resume": Option(TEXT, None, None, "auto: continue from OUT/last.pt if it exists; or a checkpoint file"),
-        "save-every": Option(COUNT_OR_ZERO, 0, 0, "steps between checkpoints, in addition to validations; 0: off"),
+        "save-every": Option(NON_NEGATIVE_INT, 0, 0, "steps between checkpoints, in addition to validations; 0: off"),
     }
 
 
@@ -1278,15 +1275,17 @@ def parse(argv: list[str] | None, description: str, options: dict[str, Option], 
     group.add_argument("--eval", action="store_true", help="validate the checkpoint --weights")
     group.add_argument("--predict", nargs="+", metavar="IMAGE", help="use the checkpoint --weights on image files")
     for name, option in options.items():
-        defaults = {str(value): None for value in option[1:3] if value is not None and option.argument is not FLAG}
-        shown = f" ({'; built-in set: '.join(defaults)})" if defaults else ""
-        parser.add_argument(f"--{name}", help=option.help + shown, **option.argument)
+        recipe, built_in = (" ".join(map(str, x)) if isinstance(x, list) else x for x in option[1:3])
+        defaults = [str(recipe)] * (recipe is not None)
+        defaults += [f"built-in set: {built_in}"] * (built_in not in (recipe, None))
+        text = f"{option.help} ({'; '.join(defaults)})" if defaults and option.argument is not FLAG else option.help
+        parser.add_argument(f"--{name}", help=text, **option.argument)
     given = vars(parser.parse_args(argv))
     if mode := next((mode for mode in modes if mode in given), None):
         defaults = modes[mode]
         for name in given:
             if name != mode and name not in defaults:
-                parser.error(f"--{name.replace('_', '-')}: does nothing with --{mode}")
+                parser.error(f"--{name.replace('_', '-')}: has no effect with --{mode}")
     else:
         column = "recipe" if "data" in given else "built_in"
         defaults = {name.replace("-", "_"): getattr(option, column) for name, option in options.items()}
@@ -1313,7 +1312,7 @@ def dispatch(args: Namespace, train: Callable, evaluate: Callable, predict: Call
             return act(args, distributed) or 0
     except Stopped as stopped:
         distributed.all_reduce([])  # wait for rank 0 to save: torchrun kills the rest when one exits
-        distributed.print("stopped and saved: continue with the same command and --resume auto")
+        distributed.print("saved and stopped; to continue, add --resume auto to the same command")
         return 128 + stopped.args[0]
 
 
