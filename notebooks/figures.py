@@ -74,7 +74,8 @@ def gate_and_state(gate, candidate, state):
     is_open = [value > 0.3 for value in gate]
     edges = [0, *(t for t in range(1, T) if is_open[t] != is_open[t - 1]), T]
     for first, last in zip(edges, edges[1:]):
-        bottom.text((first + last - 1) / 2, 0.72, "open" if is_open[first] else "nearly closed", ha="center", color=GREY)
+        text = "open" if is_open[first] else "nearly closed"
+        bottom.text((first + last - 1) / 2, 0.72, text, ha="center", color=GREY)
         for axis in (top, bottom) if is_open[first] else ():
             axis.axvspan(first - 0.5, last - 0.5, color=GREY, alpha=0.12, linewidth=0)
     top.grid(False)
@@ -245,7 +246,7 @@ def parameters_and_work(places, parts, counts, text):
 
 
 def multiply_adds(sizes, giga, without, paper, text, keep):
-    """`giga`: G for each (model, size); `without` projections, by size; `paper`: the paper's numbers by model and size."""
+    """In G: `giga` for each (model, size); `without` projections, for each size; `paper`, by model and size."""
     fig, ax = plt.subplots(figsize=(9, 4.6))
     title(fig, text)
     last = sizes[-1]
