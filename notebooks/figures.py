@@ -1,4 +1,4 @@
-"""The notebooks' figures: a common style, then a function for each figure."""
+"""The figures of the notebooks, and their common style."""
 
 import io
 import math
