@@ -1,21 +1,21 @@
-"""Time and memory of VisionGRU beside its peers, and of the three scans, measured side by side.
+"""Speed and memory of VisionGRU beside its peers, and of the three scans.
 
     python notebooks/bench.py                                     224 px, batch 8, inference and training
     python notebooks/bench.py --sizes 1024 --batch 1 --mode infer
-    python notebooks/bench.py --scan                              the recurrence alone, against its length
-    python notebooks/bench.py --compile                           the same with compiled parts, as train.py --compile
-    python notebooks/bench.py --count --batch 128                 what a GPU would do, counted on paper
+    python notebooks/bench.py --scan                              the recurrence alone, at several lengths
+    python notebooks/bench.py --compile                           compiled; ours block by block, as train.py --compile
+    python notebooks/bench.py --count --batch 128                 kernels and bytes of the scans, counted, not timed
     python notebooks/bench.py --loader                            images per second that one core loads and augments
     python notebooks/bench.py --device cuda --amp bf16 --batch 128 --compile
 
-Each model runs in a process of its own, and the processes take turns, one step each, so that a drift of the machine
-hits all alike. A ratio is the median, over the rounds, of (time of the reference) / (time of the model) in the same
-round. Memory is by how much one step makes the process grow: on a CPU its resident set at its peak over that before
-the first step; on a GPU the peak of allocated memory, likewise. The table goes to the standard output, and all numbers
-to --json.
+Each model runs in its own process. The processes take turns, one step each, so that whatever slows the machine slows
+every model alike. A ratio of speeds is the median over the rounds of the ratios within a round. Memory is what the
+first step adds: on a CPU, the peak of the resident set less its size before the step (which needs Linux); on a GPU, the
+same of the allocated memory. The tables go to standard output, and all numbers to --json.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -38,9 +38,12 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 GIB = 2**30
 
 
-def vit_small(size):
-    """ViT-S/16, which is DeiT-S without its distillation token."""
+def vit_small(size, fused=False):
+    """ViT-S/16, which is DeiT-S. For inference PyTorch prefers a fast path that writes each layer's attention matrix to
+    memory; `fused` turns that path off in this process, and PyTorch's fused attention takes its place."""
     from torchvision.models import VisionTransformer
+    if fused:
+        torch.backends.mha.set_fastpath_enabled(False)
     return VisionTransformer(image_size=size, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
 
 
@@ -49,7 +52,7 @@ def from_torchvision(name):
     return lambda size: getattr(torchvision.models, name)()
 
 
-# What is measured, by name; each is made for an image size, which only ViT needs to know.
+# Each model by name, as a function of the image size, which only ViT needs.
 MODELS = {
     "ours": lambda size: visiongru.visiongru_tiny(),
     "ours, log scan": lambda size: visiongru.visiongru_tiny(scan="log"),  # what the authors' release computes
@@ -58,21 +61,22 @@ MODELS = {
     "convnext_tiny": from_torchvision("convnext_tiny"),
     "resnet50": from_torchvision("resnet50"),
     "vit_s": vit_small,
+    "vit_s, fused": lambda size: vit_small(size, fused=True),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One process: a model that makes a step whenever it is told to
+# One process: a model that makes a step whenever it is asked to
 # ---------------------------------------------------------------------------------------------------------------------
 
 def resident():
-    """This process's resident set in bytes, now."""
+    """The current size of this process's resident set, in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Peak:
-    """The growth of memory within a `with` block, in bytes, as .bytes."""
+    """Within a `with` block, the growth of memory up to its peak, in bytes, as .bytes."""
 
     def __init__(self, device):
         self.device = torch.device(device)
@@ -99,7 +103,7 @@ class Peak:
 
 
 def make_step(name, size, batch, mode, device, amp, compiled):
-    """A function that runs one step, of inference or of training without an optimizer."""
+    """A function that runs one step: inference, or forward and backward (no optimizer)."""
     torch.manual_seed(0)
     model = MODELS[name](size).to(device, memory_format=torch.channels_last)
     model.train(mode == "train")
@@ -127,7 +131,7 @@ def make_step(name, size, batch, mode, device, amp, compiled):
 
 
 def timed(run, device):
-    """The seconds that run() takes, on a GPU until it has finished."""
+    """The seconds that run() takes, including what it starts on a GPU."""
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -139,9 +143,10 @@ def timed(run, device):
 
 
 def serve(spec):
-    """Make steps as asked for, one per line of the standard input; answer each with its seconds, the first, which
-    warms up, with its bytes too."""
+    """For each line on standard input, run one step. Answer the first, which warms up, with its bytes, and each later
+    one with its seconds."""
     step = make_step(**spec)
+    sys.stdin.readline()
     with Peak(spec["device"]) as peak:
         step()
     print(json.dumps({"bytes": peak.bytes}), flush=True)
@@ -150,36 +155,39 @@ def serve(spec):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All of them, in turns
+# All models, in turns
 # ---------------------------------------------------------------------------------------------------------------------
 
 def measure(names, rounds, **spec):
-    """-> for each name {"seconds": [one for each round], "bytes": growth in the first step}, or {"error": ...}."""
-    results, processes = {}, {}
-    for name in names:
-        process = subprocess.Popen([sys.executable, __file__, "--serve", json.dumps({"name": name, **spec})],
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        answer = process.stdout.readline()
-        if answer:
-            results[name], processes[name] = {"seconds": [], **json.loads(answer)}, process
-        else:
-            results[name] = {"error": (process.stderr.read().strip().splitlines() or ["no answer"])[-1]}
-    for _ in range(rounds):
+    """-> for each name {"bytes": what the first step adds, "seconds": [one for each round]}, or {"error": ...}."""
+    results = {name: {"seconds": []} for name in names}
+    processes = {name: subprocess.Popen([sys.executable, __file__, "--serve", json.dumps({"name": name, **spec})],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        text=True) for name in names}
+    for turn in range(rounds + 1):
         for name, process in processes.items():
-            time.sleep(0.1)  # until the threads of the one before have stopped waiting for more work
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            results[name]["seconds"].append(json.loads(process.stdout.readline())["seconds"])
+            if "error" in results[name]:
+                continue
+            time.sleep(0.1)  # until the threads of the previous process have stopped waiting for more work
+            with contextlib.suppress(BrokenPipeError):  # if it has failed, its answer is empty
+                process.stdin.write("step\n")
+                process.stdin.flush()
+            answer = process.stdout.readline()
+            if not answer:
+                results[name] = {"error": (process.stderr.read().strip().splitlines() or ["no answer"])[-1]}
+            elif turn == 0:
+                results[name].update(json.loads(answer))
+            else:
+                results[name]["seconds"].append(json.loads(answer)["seconds"])
     for process in processes.values():
-        process.stdin.close()
-        process.wait()
+        process.communicate()
     return results
 
 
 def table(results, batch):
-    """A Markdown table: images per second, and by what the first model is faster than each and needs less memory."""
+    """A Markdown table: images per second and memory of each model, and how the first compares."""
     ours = next(iter(results.values()))
-    lines = ["| model | images/s | the first is faster by | memory of a step | the first needs |",
+    lines = ["| model | images/s | first's speed / its speed | memory of a step | first's memory / its memory |",
              "|---|---|---|---|---|"]
     for name, result in results.items():
         if "error" in result:
@@ -195,22 +203,27 @@ def table(results, batch):
 # The scans alone
 # ---------------------------------------------------------------------------------------------------------------------
 
+# What any program must read and write, in tensors of h's size. Forward reads u (2) and writes h; backward reads the
+# gradient of h, u and h, and writes the gradient of u (2).
+FORWARD, BACKWARD = 3, 6
+
+
 def recurrence(hidden, scan, device):
-    """A minGRU without its projections: u (batch, T, 2 hidden) -> every h_t (batch, T, hidden)."""
+    """A minGRU without its projections, a function of u (batch, T, 2 hidden) that returns every h_t."""
     network = visiongru.MinGRU(hidden, 1, scan).to(device)
     network.in_proj = torch.nn.Identity()
     return lambda u: network(u)[0]
 
 
 def measure_scans(lengths, batch, hidden, rounds, device):
-    """-> for each length T and scan: seconds of a forward pass and of a forward and backward pass of a minGRU, from u
-    (batch, T, 2 hidden) to h, in turns, and bytes kept for the backward pass; and the floor of both, the time in which
-    what must be read and written could be copied, at the speed of a copy measured in the same turns."""
+    """-> for each length T and each scan, of a minGRU from u (batch, T, 2 hidden) to h: the seconds of a forward pass,
+    and of forward and backward together, in turns; the bytes saved for backward; and the floor, the seconds that a copy
+    of as many bytes takes as both passes must read and write."""
     rows = []
     for T in lengths:
         u = torch.randn(batch, T, 2 * hidden, device=device, requires_grad=True)
         grad, target = torch.randn(2, batch, T, hidden, device=device)
-        # The loop is left out where a round of it takes longer than a second.
+        # Longer than this, the loop takes seconds per step.
         names = [name for name in visiongru.SCANS if name != "sequential" or T <= 12_544]
         scans = {name: recurrence(hidden, name, device) for name in names}
         seconds = {name: [] for name in (*scans, "copy")}
@@ -229,10 +242,8 @@ def measure_scans(lengths, batch, hidden, rounds, device):
                     lambda t: t):
                 h = scan(u)
             forward, both = medians(seconds[name])
-            # In tensors of h's size, of which a copy moves 2: forward reads u (2) and writes h; backward reads the
-            # gradient, u and h, and writes the gradient of u (6).
             rows.append({"T": T, "scan": name, "forward": forward, "both": both, "kept": sum(kept.values()),
-                         "floor_forward": 3 / 2 * copy, "floor_both": 9 / 2 * copy})
+                         "floor": (FORWARD + BACKWARD) / 2 * copy})  # a copy reads one tensor and writes one
             del h
     return rows
 
@@ -243,13 +254,13 @@ def medians(rounds):
 
 
 def scan_table(rows):
-    lines = ["| T | scan | forward | forward + backward | parallel is faster by | kept for backward | floor |",
+    lines = ["| T | scan | forward | forward + backward | parallel's speed / its speed | saved for backward | floor |",
              "|---|---|---|---|---|---|---|"]
     for row in rows:
         ours = next(r for r in rows if r["T"] == row["T"] and r["scan"] == "parallel")
         lines.append(f"| {row['T']:,} | {row['scan']} | {1e3 * row['forward']:.1f} ms | {1e3 * row['both']:.1f} ms "
                      f"| {row['both'] / ours['both']:.1f}x | {row['kept'] / 2**20:.1f} MiB "
-                     f"| {1e3 * row['floor_both']:.1f} ms |")
+                     f"| {1e3 * row['floor']:.1f} ms |")
     return "\n".join(lines)
 
 
@@ -258,7 +269,7 @@ def scan_table(rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def photographs(folder, count):
-    """`count` JPEG files of 500 x 375 pixels and about 100 KB, as ImageNet has on average, in folder/train/{a,b}."""
+    """Write `count` JPEG files to folder/train/{a,b}, of 500 x 375 pixels and about 100 KB: ImageNet's averages."""
     from torchvision.io import write_jpeg
     for name in "ab":
         (folder / "train" / name).mkdir(parents=True)
@@ -279,7 +290,7 @@ def torchvision_recipe(tensors):
 
 
 def measure_loading(rounds, count=64):
-    """-> for each recipe the images per second of each round: all images once, in one process with one thread."""
+    """-> for each recipe, images per second in each round: all images once, in one process with one thread."""
     from torchvision.datasets import ImageFolder
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -299,7 +310,7 @@ def measure_loading(rounds, count=64):
 
 
 def loading_table(rates):
-    lines = ["| recipe | images/s | ours is faster by |", "|---|---|---|"]
+    lines = ["| recipe | images/s | our speed / its speed |", "|---|---|---|"]
     for name, rate in rates.items():
         ratio = statistics.median(ours / theirs for ours, theirs in zip(rates["ours"], rate))
         lines.append(f"| {name} | {statistics.median(rate):.0f} | {ratio:.2f}x |")
@@ -307,114 +318,70 @@ def loading_table(rates):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On paper: launches and bytes
+# Kernels and bytes of the scans, counted
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Bytes per second from and to memory, of the data sheets. A kernel's launch takes the processor's time, a stated guess;
-# it goes on while the GPU works, so that the longer of the two counts.
-GPUS = {"A100": 2.04e12, "H100": 3.35e12, "H200": 4.8e12}
-LAUNCH = {"eager": 8e-6, "compiled": 4e-6}
-
-
 class Count(TorchDispatchMode):
-    """Counts the operations that are no views, and the bytes of the tensors that they read and write."""
+    """Counts the operations other than views, and the bytes of the tensors that they read and write."""
 
     def __enter__(self):
-        self.launches, self.bytes = 0, 0
+        self.kernels, self.bytes = 0, 0
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
         if not is_view and not function.name().startswith("aten::empty"):
-            self.launches += 1
+            self.kernels += 1
             self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves((args, kwargs, result))
                               if isinstance(t, torch.Tensor))
         return result
 
 
-def eager_counts(make_run):
-    """-> (launches, bytes) of a forward pass on the meta device, and of forward and backward. `make_run(device)` gives
-    a function whose result, if it has a gradient, is summed and differentiated."""
-    run = make_run("meta")
-    with torch.no_grad(), Count() as forward:
-        run()
-    with Count() as both:
-        run().sum().backward()
-    return [(count.launches, count.bytes) for count in (forward, both)]
+def count(name, compiled, batch, T, hidden, backward=False):
+    """-> kernels and bytes that they read and write, of a minGRU from u (batch, T, 2 hidden) to h; with `backward`, of
+    forward and backward together. Eager operations are counted on the meta device, which computes nothing. Compiled
+    kernels are those that torch.compile makes for the CPU, and the bytes its own estimate."""
+    device = "cpu" if compiled else "meta"
+    u = torch.randn(batch, T, 2 * hidden, device=device, requires_grad=True)
+    scan = recurrence(hidden, name, device)
 
+    def run(scan):
+        with torch.set_grad_enabled(backward):
+            h = scan(u)
+        if backward:
+            h.backward(torch.empty_like(h))
 
-def compiled_counts(make_run):
-    """The same of what inductor makes of it for the CPU: all its kernels, and the products and convolutions between."""
+    if not compiled:
+        with Count() as counted:
+            run(scan)
+        return counted.kernels, counted.bytes
+
     import logging
 
     import torch._inductor.compile_fx as inductor
     from torch._inductor import config, metrics
-    inductor.inductor_metrics_log.setLevel(logging.INFO)  # or it does not count
+    inductor.inductor_metrics_log.setLevel(logging.INFO)  # inductor counts only if it would log the counts
     inductor.inductor_metrics_log.propagate = False
     inductor.inductor_metrics_log.addHandler(logging.NullHandler())
-    run, counts = make_run("cpu"), []
+    torch._dynamo.reset()
+    metrics.reset()
     with config.patch(force_disable_caches=True):
-        for grad in False, True:
-            torch._dynamo.reset()
-            metrics.reset()
-            with torch.set_grad_enabled(grad):
-                result = run()
-            if grad:
-                result.sum().backward()
-            nodes = [type(node).__name__ for node, _ in metrics.nodes_num_elem]
-            counts.append((sum(name != "NopKernelSchedulerNode" for name in nodes), metrics.num_bytes_accessed))
-    return counts
+        run(torch.compile(scan))
+    kernels = sum(type(node).__name__ != "NopKernelSchedulerNode" for node, _ in metrics.nodes_num_elem)
+    return kernels, metrics.num_bytes_accessed
 
 
-def count_rows(batch, T, hidden):
-    """What is counted: name, how it is run, (launches, bytes) forward and with backward, and the floor of each: what
-    goes in and comes out, once."""
-    numbers = 4 * batch * T * hidden  # bytes of h; u is twice as large
-    floors = 3 * numbers, (3 + 6) * numbers  # u and h; then the gradient, u and h again, and the gradient of u
-    for form in visiongru.SCANS:
-        def make_run(device, form=form):
-            u = torch.randn(batch, T, 2 * hidden, device=device, requires_grad=True)
-            scan = recurrence(hidden, form, device)
-
-            def run():
-                return scan(u)
-            return torch.compile(run) if device == "cpu" else run
-        yield f"minGRU, {form}", "eager", eager_counts(make_run), floors
-        if form != "sequential":  # a program of T steps takes longer to compile than anyone waits
-            yield f"minGRU, {form}", "compiled", compiled_counts(make_run), floors
-
-    tiny = visiongru.visiongru_tiny()
-    network = tiny.to("meta")
-    yield ("tiny at 224 px", "eager",
-           eager_counts(lambda device: lambda: network(torch.randn(batch, 3, 224, 224, device=device))), None)
-    # Compiled, part by part, as train.py does it: the parts of a stage share their code. Of 8 images, times batch / 8.
-    parts = [(1, tiny.stem, (8, 3, 224, 224))]
-    for stage, dim in enumerate(tiny.dims):
-        side = 56 >> stage
-        parts += [(len(tiny.stages[stage]), tiny.stages[stage][0], (8, side, side, dim))]
-        parts += [(1, down, (8, side, side, dim)) for down in tiny.downsamples[stage:stage + 1]]
-    total = [[0, 0], [0, 0]]
-    for times, part, shape in parts:
-        part = torch.compile(part.to_empty(device="cpu"), dynamic=False)
-        counts = compiled_counts(lambda device: lambda: part(torch.zeros(shape, requires_grad=True)))
-        for k, (launches, moved) in enumerate(counts):
-            total[k][0] += times * launches
-            total[k][1] += times * moved * batch // 8
-    yield "tiny at 224 px", "compiled", total, None
-
-
-def count_table(rows):
-    """A Markdown table of `count_rows`, with the predicted milliseconds."""
-    lines = ["| | | launches | GB | x floor | " + " | ".join(f"{name}, ms" for name in GPUS) + " |",
-             "|---|---|---|---|---|" + "---|" * len(GPUS)]
-    for name, how, counts, floors in rows:
-        for k, what in enumerate(("forward", "forward and backward")):
-            launches, moved = counts[k]
-            times = [1e3 * max(launches * LAUNCH[how], moved / bandwidth) for bandwidth in GPUS.values()]
-            lines.append(f"| {name}, {what} | {how} | {launches:,} | {moved / 1e9:.2f} | "
-                         f"{f'{moved / floors[k]:.1f}' if floors else ''} | "
-                         + " | ".join(f"{t:.2f}" for t in times) + " |")
+def count_table(batch, T, hidden):
+    """A Markdown table of the scans' kernels and bytes, eager and compiled."""
+    lines = ["| scan | | | kernels | GB | bytes / floor |", "|---|---|---|---|---|---|"]
+    for name in visiongru.SCANS:
+        for compiled in (False, True)[:1 if name == "sequential" else 2]:  # compiling T steps takes too long
+            for backward, what in (False, "forward"), (True, "forward and backward"):
+                kernels, moved = count(name, compiled, batch, T, hidden, backward)
+                floor = (FORWARD + BACKWARD * backward) * 4 * batch * T * hidden
+                lines.append(f"| {name} | {what} | {'compiled' if compiled else 'eager'} | {kernels:,} "
+                             f"| {moved / 1e9:.2f} | {moved / floor:.1f} |")
     return "\n".join(lines)
 
 
@@ -422,7 +389,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["ours", "ours, log scan", "swin_t", "convnext_tiny", "resnet50",
                                                         "vit_s"], choices=MODELS, metavar="NAME",
-                        help=f"of {', '.join(map(repr, MODELS))}")
+                        help=f"any of {', '.join(map(repr, MODELS))}; the others are compared with the first")
     parser.add_argument("--sizes", type=int, nargs="+", default=[224], metavar="PX")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--mode", nargs="+", default=["infer", "train"], choices=["infer", "train"])
@@ -430,22 +397,21 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--scan", action="store_true", help="measure the scans alone")
-    parser.add_argument("--loader", action="store_true", help="measure the loading of images on one core")
-    parser.add_argument("--count", action="store_true", help="count launches and bytes, and predict a GPU's time")
+    parser.add_argument("--scan", action="store_true", help="time the scans alone")
+    parser.add_argument("--loader", action="store_true", help="time loading and augmenting images on one core")
+    parser.add_argument("--count", action="store_true", help="count the scans' kernels and bytes")
     parser.add_argument("--lengths", type=int, nargs="+", default=[196, 784, 3136, 12544], metavar="T")
     parser.add_argument("--hidden", type=int, default=144, metavar="E")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers here")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         return serve(json.loads(args.serve))
 
     if args.count:
-        print(f"From u to h at T = 3,136, E = {args.hidden}, batch {args.batch}, float32: counted, not measured.\n"
-              f"Predicted is the longer of {1e6 * LAUNCH['eager']:.0f} us for each launch "
-              f"({1e6 * LAUNCH['compiled']:.0f} compiled), and all bytes at the data sheet's bandwidth.\n")
-        return print(count_table(count_rows(args.batch, 3136, args.hidden)))
+        print(f"A minGRU from u to h, T = 3,136, E = {args.hidden}, batch {args.batch}, float32.\n"
+              f"The floor is what any program must read and write.\n\n{count_table(args.batch, 3136, args.hidden)}")
+        return
 
     where = torch.cuda.get_device_name() if args.device != "cpu" else f"{torch.get_num_threads()} CPU threads"
     print(f"PyTorch {torch.__version__}, {where}, amp {args.amp}{', compiled' if args.compile else ''}\n")

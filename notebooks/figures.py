@@ -1,4 +1,4 @@
-"""How the notebooks' figures look, and the drawing steps that more than one notebook needs."""
+"""The figures of the notebooks, and their common style."""
 
 import io
 import math
@@ -27,7 +27,7 @@ def use_style():
 
 
 def title(fig, text):
-    """What there is to see, as a sentence above the whole figure, at its left."""
+    """A sentence above the whole figure, flush left, that says what there is to see."""
     fig.suptitle(text, x=0.01, ha="left", fontweight="bold")
 
 
@@ -47,8 +47,8 @@ def show(ax, image, text="", **kw):
 
 
 def draw(fig, keep=None):
-    """Put the finished figure below the cell, with a palette of 256 colours: a third of the size, since a notebook is
-    to stay below 1 MB. `keep` is the name of a file to write it to as well, for the README."""
+    """Show the finished figure below the cell. A palette of 256 colours makes it a third of the size, which keeps
+    notebooks below 1 MB. `keep` is the name of a file to save it to as well."""
     full, small = io.BytesIO(), io.BytesIO()
     fig.savefig(full, format="png", bbox_inches="tight")
     plt.close(fig)
@@ -71,19 +71,22 @@ def gate_and_state(gate, candidate, state):
     bottom.bar(range(T), gate, width=1, color=BLUE)
     bottom.set(xlabel="position t in the sequence", ylabel="gate $z_t$", ylim=(0, 1), xlim=(-1, T))
     top.set(ylabel="value")
-    for middle, text in ((5.5, "open"), (23.5, "nearly closed"), (40.5, "open"), (62.5, "nearly closed")):
-        bottom.text(middle, 0.72, text, ha="center", color=GREY)
-    for axis in top, bottom:
-        axis.grid(False)
-        for first, last in (0, 12), (36, 46):
+    is_open = [value > 0.3 for value in gate]
+    edges = [0, *(t for t in range(1, T) if is_open[t] != is_open[t - 1]), T]
+    for first, last in zip(edges, edges[1:]):
+        text = "open" if is_open[first] else "nearly closed"
+        bottom.text((first + last - 1) / 2, 0.72, text, ha="center", color=GREY)
+        for axis in (top, bottom) if is_open[first] else ():
             axis.axvspan(first - 0.5, last - 0.5, color=GREY, alpha=0.12, linewidth=0)
+    top.grid(False)
+    bottom.grid(False)
     draw(fig)
 
 
 def chunk_levels(levels, R, exact, keep):
-    """`levels`: for each the states of its chunks from zero, and its true states."""
+    """`levels`: for each level its chunks' states from zero, and its true states; `exact`: the states by the loop."""
     T = len(exact)
-    fig, axes = plt.subplots(len(levels), 2, figsize=(9, 1.6 * len(levels)), sharex=True, sharey=True)
+    fig, axes = plt.subplots(len(levels), 2, figsize=(9, 1.6 * len(levels)), sharex=True, sharey=True, squeeze=False)
     title(fig, "A chunk's local state is one element of a shorter sequence, whose states are the carries")
     for level, ((left, right), (down, up)) in enumerate(zip(axes, levels)):
         width = R**level  # steps that an element stands for
@@ -100,7 +103,7 @@ def chunk_levels(levels, R, exact, keep):
             if not is_last:
                 ax.annotate("", (0.5, tip), (0.5, tail), xycoords="axes fraction", annotation_clip=False,
                             arrowprops={"arrowstyle": "-|>", "color": GREY, "linewidth": 1.5, "mutation_scale": 16})
-    axes[0, 0].set_title("down: each chunk from zero; its end (dark) goes on")
+    axes[0, 0].set_title("down: each chunk from zero; its end (dark) goes down")
     axes[0, 1].set_title("up: each chunk from its carry; dots: the loop")
     for ax in axes[-1]:
         ax.set_xlabel("position in the sequence")
@@ -110,69 +113,71 @@ def chunk_levels(levels, R, exact, keep):
 
 
 def mixing_matrices(matrices, scanned, multiplied, width):
-    """`matrices`: {"left": (T, T), "right": (T, T)} of one channel; the state from the right, found in two ways."""
+    """`matrices`: {"left": (T, T), "right": (T, T)} of one channel; its state from the right, by the scan and by
+    matrix times candidates; `width` of the feature map."""
     T = len(scanned)
     fig, axes = plt.subplots(1, 3, figsize=(9, 3.4), width_ratios=(1, 1, 1.1))
     title(fig, "A channel's scan is a triangular matrix: matrix times candidates gives the same state")
     for ax, (name, matrix) in zip(axes, matrices.items()):
         image = ax.imshow(matrix, vmin=0, vmax=1)
-        ax.set(title=f"from the {name}", xlabel="pixel m that sends", xticks=range(0, T, width),
+        ax.set(title=f"from the {name}", xlabel="position s that sends", xticks=range(0, T, width),
                yticks=range(0, T, width))
         ax.set_xticks([row - 0.5 for row in range(width, T, width)], minor=True)
         ax.set_yticks([row - 0.5 for row in range(width, T, width)], minor=True)
         ax.grid(False)
         ax.grid(True, which="minor", color="#666666", linewidth=0.5)
         ax.tick_params(which="minor", length=0)
-    axes[0].set_ylabel("pixel L that receives")
-    fig.colorbar(image, ax=axes[1], shrink=0.85, label="weight of m in L")
+    axes[0].set_ylabel("position t that receives")
+    fig.colorbar(image, ax=axes[1], shrink=0.85, label="weight of s in t")
     axes[2].plot(scanned, color=BLUE)
     axes[2].plot(multiplied, "o", color=RED, markersize=4)
-    axes[2].set(title="state from the right", xlabel="pixel L", xticks=range(0, T + 1, width),
+    axes[2].set(title="state from the right", xlabel="position t", xticks=range(0, T + 1, width),
                 ylim=(0, 1.35 * multiplied.max()), box_aspect=1)
     for y, text, colour in (0.97, "line: the scan", BLUE), (0.88, "dots: matrix times candidates", RED):
         axes[2].text(0.03, y, text, color=colour, va="top", fontsize=10, transform=axes[2].transAxes)
     draw(fig)
 
 
-def influence(forward, backward):
+def influence(forward, backward, source, target, opened):
+    """The state after a pulse at `source`, and the gradient of a loss at `target`; gates are open in `opened`."""
     fig, (top, bottom) = plt.subplots(2, 1, figsize=(9, 4), sharex=True, sharey=True)
-    title(fig, "A pixel's influence fades forward; a loss's gradient fades backward, through the same gates")
-    for ax, values, colour, at, text in ((top, forward, BLUE, 12, "a bright pixel at 12: state $h_t$"),
-                                         (bottom, backward, RED, 48, "a loss on $h_{48}$: gradient $G_t$")):
+    title(fig, "An input's influence fades forward; a loss's gradient fades backward, through the same gates")
+    for ax, values, colour in (top, forward, BLUE), (bottom, backward, RED):
         ax.bar(range(len(values)), values, width=0.8, color=colour)
-        label(ax, at, 1.0, text, colour, dx=10 if at == 12 else -10, dy=-2, ha="left" if at == 12 else "right")
-        ax.axvspan(37.5, 40.5, color=GREY, alpha=0.15, linewidth=0)
+        ax.axvspan(opened[0] - 0.5, opened[-1] + 0.5, color=GREY, alpha=0.15, linewidth=0)
         ax.grid(False)
-    top.text(39, 1.02, "gates open", color=GREY, ha="center")
+    label(top, source, 1.0, f"an input at {source}: state $h_t$", BLUE, dx=10, dy=-2)
+    label(bottom, target, 1.0, f"a loss on $h_{{{target}}}$: gradient $G_t$", RED, dx=-10, dy=-2, ha="right")
+    top.text((opened[0] + opened[-1]) / 2, 1.02, "gates open", color=GREY, ha="center")
     top.set(ylabel="$h_t$", ylim=(0, 1.15))
     bottom.set(ylabel="$G_t$", xlabel="position t in the sequence")
     draw(fig)
 
 
 def agreement(differences):
-    """`differences`: for each form pairs, of values and of gradients, one for each case in float64."""
+    """`differences`: for each form a pair for each case in float64, of values and of gradients."""
     fig, ax = plt.subplots(figsize=(9, 3.4))
-    title(fig, "In float64 every form agrees with the loop; the wrong one does not, beyond two chunks")
+    title(fig, "In float64 every form agrees with the loop; beyond two chunks the wrong one does not")
     for row, (name, pairs) in enumerate(differences.items()):
-        colour = {"log": ORANGE, "wrong": RED}.get(name, BLUE)
+        colour = {"log-space": ORANGE, "wrong": RED}.get(name, BLUE)
         for shift, values, marker in zip((-0.15, 0.15), zip(*pairs), "os"):
             ax.plot([max(value, 3e-18) for value in values], [row + shift] * len(values), marker, color=colour,
                     markersize=5, alpha=0.6)
     ax.set(xscale="log", xlim=(1e-18, 10), ylim=(len(differences) - 0.5, -1), yticks=range(len(differences)),
-           yticklabels=differences, xlabel="largest difference from the loop, relative to the largest number; "
-           "at the left edge: none")
+           yticklabels=differences, xlabel="largest difference from the loop, relative to the largest number "
+           "(left edge: none)")
     ax.axvline(2**-52, color=GREY, linewidth=1, linestyle=":")
-    label(ax, 2**-52, -0.7, "float64's last digit", GREY, dx=4, fontsize=9)
+    label(ax, 2**-52, -0.7, "float64's eps", GREY, dx=4, fontsize=9)
     label(ax, 1e-8, -0.7, "circles: values; squares: gradients", GREY, dx=0, fontsize=9)
     draw(fig)
 
 
-def precision(kinds, lengths, errors):
-    """`kinds`: a shift of the gates for each name; `errors`: for (kind, form) one error for each length."""
+def precision(shifts, lengths, errors):
+    """`shifts`: for each kind of gates its shift; `errors`: for each (kind, form) one error for each length."""
     fig, axes = plt.subplots(1, 3, figsize=(9, 3.9), sharey=True)
-    title(fig, "In float32 log-space loses digits as the image grows; real space stays at the last one")
-    for ax, (kind, shift) in zip(axes, kinds.items()):
-        for name, colour in ("log-space", RED), ("real-space (ours)", BLUE):
+    title(fig, "In float32 log-space loses digits as the sequence grows; the chunked scan does not")
+    for ax, (kind, shift) in zip(axes, shifts.items()):
+        for name, colour in ("log-space", RED), ("chunked", BLUE):
             ax.plot(lengths, errors[kind, name], "o-", color=colour, clip_on=False)
             if ax is axes[1]:
                 label(ax, lengths[2], errors[kind, name][2], name, colour, dx=-14, dy=14, ha="center")
@@ -182,22 +187,21 @@ def precision(kinds, lengths, errors):
         ax.set_xticks(lengths[::2], [f"{T:,}\n= {round(T**0.5)}²" for T in lengths[::2]])
         ax.minorticks_off()
     axes[0].set_ylabel("largest relative error of a state")
-    label(axes[0], lengths[1], 2**-23, "float32's last digit", GREY, dx=0, dy=-8, fontsize=9)
+    label(axes[0], lengths[1], 2**-23, "float32's eps", GREY, dx=0, dy=-8, fontsize=9)
     draw(fig)
 
 
-def scan_costs(rows, times):
-    """`rows`: of bench.measure_scans; `times`: of each scan's time, in ours, at the greatest length."""
+def scan_costs(rows, text):
+    """`rows` of bench.measure_scans; `text`: the title."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 4))
-    title(fig, f"Ours takes 1/{times['log']:.0f} of log-space's time and a quarter of its memory; "
-               f"1/{times['sequential']:.0f} of the loop's time")
-    names = {"sequential": ("the loop", GREEN), "log": ("log-space", RED), "parallel": ("ours", BLUE)}
+    title(fig, text)
+    names = {"sequential": ("the loop", GREEN), "log": ("log-space", RED), "parallel": ("chunked", BLUE)}
     for ax, what, scale, text in ((axes[0], "both", 1e3, "forward and backward, ms"),
-                                  (axes[1], "kept", 2**-20, "kept for the backward pass, MiB")):
+                                  (axes[1], "kept", 2**-20, "saved for backward, MiB")):
         for name, (words, colour) in names.items():
             points = [(row["T"], scale * row[what]) for row in rows if row["scan"] == name]
             ax.plot(*zip(*points), "o-", color=colour)
-            if what == "both" or name != "sequential":  # there its name would lie on the line of ours
+            if what == "both" or name != "sequential":  # on the right its name would lie on another's line
                 label(ax, *points[-1], words, colour)
         ax.set(xscale="log", yscale="log", xlabel="length T of the sequence", title=text, xlim=(140, 5e5))
         ax.set_xticks([196, 3136, 65_536], ["196", "3,136", "65,536"])
@@ -207,16 +211,90 @@ def scan_costs(rows, times):
 
 # Notebook 2 -----------------------------------------------------------------------------------------------------------
 
+def through_the_stages(pictures):
+    """`pictures`: for each column its name, an image, and the number of channels that it stands for."""
+    fig, axes = plt.subplots(1, len(pictures), figsize=(9, 3))
+    title(fig, "From pixels to coarse, wide maps: half the size and twice the channels with each stage")
+    for ax, (name, image, channels) in zip(axes, pictures):
+        show(ax, image, name)
+        ax.set_xlabel(f"{image.shape[0]} x {image.shape[1]},\n{channels} channels", loc="left")
+    draw(fig)
+
+
+def parameters_and_work(places, parts, counts, text):
+    """`places`: the rows; `parts`: (name, colour) of each piece of a bar; `counts`: for each axis label, numbers by
+    (place, part)."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    title(fig, text)
+    for ax, (what, numbers) in zip(axes, counts.items()):
+        left = dict.fromkeys(places, 0)
+        for part, colour in parts.items():
+            widths = {place: numbers.get((place, part), 0) for place in places}
+            ax.barh(places, widths.values(), left=list(left.values()), color=colour)
+            if part in ("2DGRU", "FFN"):
+                ax.text(left["stage 3"] + widths["stage 3"] / 2, "stage 3", part, color="white", ha="center",
+                        va="center", fontweight="bold")
+            left = {place: left[place] + widths[place] for place in places}
+        for place, width in left.items():
+            label(ax, width, place, f"{width:.2f}", GREY)
+            if ax is axes[0] and place == "downsampling":
+                label(ax, width, place, "3x3 convolutions, norms", GREEN, dx=42)
+        ax.set_xlabel(what)
+        ax.grid(axis="y", visible=False)
+    axes[0].invert_yaxis()
+    draw(fig)
+
+
+def multiply_adds(sizes, giga, without, paper, text, keep):
+    """In G: `giga` for each (model, size); `without` projections, for each size; `paper`, by model and size."""
+    fig, ax = plt.subplots(figsize=(9, 4.6))
+    title(fig, text)
+    last = sizes[-1]
+    for name, colour, words, dy in (("vit_s", RED, "DeiT-S, all counted", 14), ("swin_t", GREEN, "Swin-T", -9),
+                                    ("ours", BLUE, "VisionGRU-Ti", 5)):
+        ax.plot(sizes, [giga[name, size] for size in sizes], color=colour)
+        label(ax, last, giga[name, last], words, colour, dy=dy)
+        if name in paper:
+            ax.plot(*zip(*paper[name].items()), "o", markerfacecolor="white", markeredgecolor=colour, markersize=9,
+                    markeredgewidth=2)
+    ax.plot(sizes, without.values(), color=RED, linestyle=":")
+    label(ax, last, without[last], "DeiT-S without\nattention's projections", RED, dy=-13)
+    label(ax, 640, paper["ours"][640], "rings: the paper's numbers", GREY, dx=12, dy=-14)
+    ax.set(xlabel="image size, px", ylabel="multiply-adds, G", xlim=(150, 1300), xscale="log", yscale="log",
+           ylim=(2, 700))
+    ax.set_xticks([224, 320, 512, 640, 1024], [224, 320, 512, 640, 1024])
+    ax.set_yticks([2, 5, 10, 20, 50, 100, 200, 500], [2, 5, 10, 20, 50, 100, 200, 500])
+    ax.minorticks_off()
+    draw(fig, keep)
+
+
+def kernels(counts, floor, text):
+    """`counts`: for each form whether it is compiled, its kernels and its bytes; `floor` of the bytes."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+    title(fig, text)
+    colours = {"the loop": GREEN, "log-space": RED, "chunked": BLUE}
+    for y, (name, (compiled, launched, moved)) in enumerate(counts.items()):
+        for ax, value, words in (axes[0], launched, f"{launched:,}"), (axes[1], moved / floor, f"{moved / floor:.1f}"):
+            ax.barh(y, value, color=colours[name.split(",")[0]], alpha=1.0 if compiled else 0.55, height=0.7)
+            label(ax, value, y, words, GREY)
+    for ax, words in zip(axes, ("kernels", "bytes read and written, divided by the floor")):
+        ax.set(title=words, yticks=range(len(counts)), yticklabels=counts, ylim=(len(counts) - 0.4, -0.6))
+        ax.grid(False, axis="y")
+    axes[0].set(xscale="log", xlim=(1, 12_000))
+    axes[1].axvline(1, color=GREY, linestyle=":")
+    draw(fig)
+
+
 def costs(names, sizes, seconds, mebibytes, text):
-    """`names`: (words, colour) of each model; seconds and MiB for each (model, size)."""
+    """`names`: for each model its words and colour; seconds and MiB for each (model, size)."""
     largest = sizes[-1]
     fig, axes = plt.subplots(1, 2, figsize=(9, 4.2))
     title(fig, text)
     for ax, values, what in ((axes[0], seconds, "seconds for one image"),
-                             (axes[1], mebibytes, "MiB that one image adds")):
+                             (axes[1], mebibytes, "MiB that one image takes")):
         low, high = math.log(min(values.values())), math.log(max(values.values()))
         ax.set(xscale="log", yscale="log", xlabel="image size, px", title=what, xlim=(200, 2200))
-        height = -math.inf  # of the last label; the next one keeps clear of it
+        height = -math.inf  # of the previous label, which the next one must clear
         for name in sorted(names, key=lambda name: values[name, largest]):
             words, colour = names[name]
             ax.plot(sizes, [values[name, size] for size in sizes], "o-", color=colour)
