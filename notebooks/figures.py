@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from IPython import display
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
@@ -232,8 +234,56 @@ def costs(names, sizes, seconds, mebibytes, text):
 
 # Notebook 3 -----------------------------------------------------------------------------------------------------------
 
+def shape_examples(images, classes):
+    """`images`: two of each class, the classes in order."""
+    fig, axes = plt.subplots(2, len(classes), figsize=(9, 2.5))
+    title(fig, "Ten shapes to tell apart, whatever their texture, position, size and tilt")
+    for k, name in enumerate(classes):
+        show(axes[0, k], images[2 * k], name)
+        show(axes[1, k], images[2 * k + 1])
+        axes[0, k].title.set(ha="left", fontsize=9)
+    draw(fig)
+
+
+def learning_curves(losses, scores, what, chance, text):
+    """`losses` of each step; `scores`: by step, in %."""
+    width, last = 20, max(scores)
+    smooth = [sum(losses[k:k + width]) / width for k in range(len(losses) - width + 1)]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    title(fig, text)
+    left.plot(losses, color=BLUE, alpha=0.25, linewidth=1)
+    left.plot(range(width // 2, width // 2 + len(smooth)), smooth, color=BLUE)
+    left.set(title=f"training loss, and its mean over {width} steps", xlabel="step", ylim=(0, None))
+    right.plot(*zip(*scores.items()), "o-", color=BLUE)
+    right.set(title=what, xlabel="step", ylim=(0, 100))
+    right.axhline(chance, color=GREY, linestyle=":", linewidth=1)
+    label(right, last, chance, "chance", GREY, dx=0, dy=7, ha="right", fontsize=9)
+    label(right, last, scores[last], f"{scores[last]:.0f} %", BLUE)
+    draw(fig)
+
+
+def segmented(scenes, classes, palette):
+    """`scenes`: an RGB image (H, W, 3), its true labels and its predicted labels, (H, W), for each; `palette`: (n, 3).
+    Labels other than 0 are drawn over the scene in grey."""
+    fig, axes = plt.subplots(3, len(scenes), figsize=(9, 4.9))
+    title(fig, "New scenes: their labels, and what the model predicts")
+    for column, (image, *both) in enumerate(scenes):
+        show(axes[0, column], image)
+        grey = image.mean(axis=2, keepdims=True)
+        for ax, labels in zip(axes[1:, column], both):
+            show(ax, np.where(labels[..., None] > 0, 0.35 * grey + 0.65 * palette[labels], image).astype(np.uint8))
+            for k in np.unique(labels[labels > 0]):
+                y, x = np.nonzero(labels == k)
+                if len(x) > 40:  # a name for more than a few stray pixels
+                    ax.text(np.clip(x.mean(), 14, 50), y.mean(), classes[k], ha="center", va="center", fontsize=9,
+                            color="white", path_effects=[withStroke(linewidth=2, foreground="black")])
+    for ax, text in zip(axes[:, 0], ("scene", "labels", "prediction")):
+        ax.set_ylabel(text)
+    draw(fig)
+
+
 def receptive_fields(fields, shares, keep):
-    """`fields`: for each row's name a map for each stage; `shares` of the pixels that hold 90 % of them."""
+    """`fields`: for each row's name a map per stage; `shares`: in % of the pixels, the part that holds 90 % of each."""
     fig, axes = plt.subplots(len(fields), 4, figsize=(9, 2.4 * len(fields)))
     for row, (name, of_stages) in enumerate(fields.items()):
         for stage, field in enumerate(of_stages):
@@ -243,14 +293,27 @@ def receptive_fields(fields, shares, keep):
             if row == 0:
                 ax.set_title(f"stage {stage + 1}", fontweight="bold")
         axes[row, 0].set_ylabel(name)
-    title(fig, "The centre sees a streak of its row in stage 1 and most of the scene in stage 4")
+    title(fig, "The centre sees a streak along its row in stage 1 and most of the scene in stage 4")
     draw(fig, keep)
 
 
+def gate_maps(image, gates, channels):
+    """`gates`: for each direction (H, W, E); `channels`: for each direction, those to show."""
+    fig, axes = plt.subplots(2, 1 + len(channels["left"]), figsize=(9, 3.9))
+    title(fig, "Bright gates take in new values, dark ones remember: channels differ and follow the image")
+    for row, (side, name) in enumerate((("left", "first to last"), ("right", "last to first"))):
+        show(axes[row, 0], image, "" if row else "scene")
+        axes[row, 0].set_ylabel(name)
+        for ax, channel in zip(axes[row, 1:], channels[side]):
+            shown = show(ax, gates[side][..., channel], f"channel {channel}", vmin=0, vmax=1)
+    fig.colorbar(shown, ax=axes[:, -1], label="gate z")
+    draw(fig)
+
+
 def memories(reaches, widths, stages):
-    """`reaches`: untrained and trained, for each block the memory of each channel; `widths` of a row."""
+    """`reaches`: untrained and trained, for each block the memory of each channel; `widths`: the maps', by block."""
     fig, ax = plt.subplots(figsize=(9, 3.8))
-    title(fig, "Training lengthens some memories and shortens others; only in stage 4 some outlast a row")
+    title(fig, "Training lengthens some memories and shortens others; only in stage 4 do some outlast a row")
     for name, shift, colour in ("untrained", -0.18, GREY), ("trained", 0.18, BLUE):
         for k, reach in enumerate(reaches[name]):
             jitter = [0.24 * (i * 0.618 % 1) - 0.12 for i in range(len(reach))]
