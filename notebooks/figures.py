@@ -1,4 +1,4 @@
-"""How the notebooks' figures look, and the drawing steps that more than one notebook needs."""
+"""The figures of the notebooks, and their common style."""
 
 import io
 import math
@@ -335,13 +335,15 @@ def memories(reaches, widths, stages):
 # Notebook 4 -----------------------------------------------------------------------------------------------------------
 
 def recall_examples(tasks, colours):
-    """`tasks`: for each an image, the answer at each position, and its distance, in a batch of one."""
-    fig, axes = plt.subplots(1, 4, figsize=(9, 2.7))
-    title(fig, "What is shown, and the colour to name at each position")
-    for (task, (images, answers, _)), (left, right) in zip(tasks.items(), (axes[:2], axes[2:])):
-        show(left, images[0].permute(1, 2, 0) + 0.5, f"{task}:\nimage")
-        side = round(answers.shape[1]**0.5)
-        show(right, colours[answers[0].view(side, side)], "\nanswers")
+    """`tasks`: for each an image, the answers, and the distances, in a batch of one. No distance, -1: no answer."""
+    fig, axes = plt.subplots(1, 2 * len(tasks), figsize=(9, 2.3))
+    title(fig, "The image, and the colour to name at each position")
+    for (task, (images, answers, distances)), left, right in zip(tasks.items(), axes[::2], axes[1::2]):
+        show(left, images[0].permute(1, 2, 0) + 0.5, task)
+        named = np.where(distances[0, :, None] < 0, 0.85, colours[answers[0]])
+        show(right, named.reshape(*[math.isqrt(len(named))] * 2, 3), "answers")
+        for ax in left, right:
+            ax.title.set_fontsize(9)
     draw(fig)
 
 
@@ -349,23 +351,25 @@ def recall_accuracy(tasks, octaves):
     """`tasks`: for each task and each model the accuracy, in %, at each octave of distance."""
     styles = ((BLUE, "-", "o"), (BLUE, "--", "s"), (BLUE, ":", "v"), (GREEN, "-", "^"), (RED, "-", "o"),
               (ORANGE, "-", "s"), (GREY, "-", "D"))
-    fig, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, width_ratios=(1.6, 1))
-    title(fig, "The scan carries a key as far as its own order goes; kernels end where their arithmetic says")
-    for ax, (task, curves) in zip(axes, tasks.items()):
+    lengths = [len(next(iter(curves.values()))) for curves in tasks.values()]
+    fig, axes = plt.subplots(1, len(tasks), figsize=(9, 4.6), sharey=True, width_ratios=lengths)
+    title(fig, "The scan carries a key along its own order; kernels stop where their reach ends")
+    for ax, length, (task, curves) in zip(axes, lengths, tasks.items()):
         for (name, curve), (colour, line, marker) in zip(curves.items(), styles):
-            ax.plot(range(len(curve)), curve, line, color=colour, marker=marker, markersize=5, label=name)
+            ax.plot(range(length), curve, line, color=colour, marker=marker, markersize=5, label=name)
         ax.axhline(25, color=GREY, linewidth=1, linestyle=":")
-        ax.set(title=task, ylim=(0, 104), xticks=range(len(curve)))
-        ax.set_xticklabels([octave.replace("-", "–\n") for octave in octaves[:len(curve)]], fontsize=9)
+        ax.set(title=task, ylim=(0, 104), xticks=range(length))
+        ax.set_xticklabels([octave.replace("-", "–\n") for octave in octaves[:length]], fontsize=8)
     label(axes[0], 0, 25, "guessing", GREY, dx=-4, dy=-8, fontsize=9)
-    axes[0].set(xlabel="distance to the key, positions in reading order", ylabel="accuracy, %, mean of five seeds")
-    axes[1].set_xlabel("distance to the key, rows")
+    axes[0].set(xlabel="distance to the key, positions", ylabel="accuracy, %, mean of five seeds")
+    axes[1].set_xlabel("distance, rows")
+    axes[2].set_xlabel("distance, steps of the path")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=9)
     draw(fig, keep="4_distance.png")
 
 
 def equals(curves, units, names, colours):
-    """`curves`: the top-1 of each model after each epoch; `units`: for each x axis what an epoch of a model costs."""
+    """`curves`: the top-1 of each model after each epoch; `units`: for each x axis, the cost of an epoch by model."""
     fig, axes = plt.subplots(1, 3, figsize=(9, 3.8), sharey=True)
     for ax, (text, per_epoch) in zip(axes, units.items()):
         for name, curve in curves.items():
@@ -373,17 +377,17 @@ def equals(curves, units, names, colours):
             ax.plot(ends, curve, color=colours[name])
             if ax is axes[0]:
                 label(ax, ends[-1], curve[-1], f"{names[name]} {curve[-1]:.1f}", colours[name],
-                      dy={"convnext": 5, "vit": -6}.get(name, 0), fontsize=9)  # the two are level
+                      dy={"convnext": 5, "vit": -6}.get(name, 0), fontsize=9)  # these two end level
         ax.set(xlabel=text, ylim=(40, 82))
-        if ax is not axes[0]:  # there ViT needs several times as much
+        if ax is not axes[0]:  # since ViT needs several times as much
             ax.set(xscale="log", xticks=(3, 10, 30, 100), xticklabels=(3, 10, 30, 100))
     axes[0].set_ylabel("top-1, %")
-    title(fig, "ResNet is ahead of VisionGRU, three seeds each; the others, of one seed, are behind")
+    title(fig, "ResNet is ahead of VisionGRU, with three seeds each; the others, with one seed, are behind")
     draw(fig, keep="4_what_the_recurrence_is_worth.png")
 
 
 def variants(scores, differences):
-    """`scores`: the top-1 of each variant's runs, the unchanged one first; `differences` from it, in words."""
+    """`scores`: the top-1 of each variant's runs, the unchanged model first; `differences` from it, as text."""
     fig, ax = plt.subplots(figsize=(9, 3.4))
     for row, (name, values) in enumerate(scores.items()):
         colour, middle = GREY if row else BLUE, sum(values) / len(values)
@@ -393,12 +397,12 @@ def variants(scores, differences):
         ax.text(max(values) + 0.2, row, text, va="center", fontsize=10)
     ax.set(yticks=range(len(scores)), yticklabels=scores, xlim=(72, 82), xlabel="top-1 after 12 epochs, %")
     ax.invert_yaxis()
-    title(fig, "At 48 px no difference is shown between with and without recurrence")
+    title(fig, "At 48 px, three seeds show no difference between the models with and without recurrence")
     draw(fig)
 
 
 def longer(runs, labels, colours):
-    """`runs`: one of 48 epochs, or a stopped one, for each model."""
+    """`runs`: for each model one of 48 epochs, or one that was stopped."""
     fig, ax = plt.subplots(figsize=(9, 4))
     for name, run in runs.items():
         curve, colour = [entry["top1"] for entry in run["log"]], colours.get(name, BLUE)
@@ -408,12 +412,12 @@ def longer(runs, labels, colours):
         text = f"{labels[name]} {curve[-1]:.1f}" + ", stopped" * ("stopped" in run)
         label(ax, len(curve), curve[-1], text, colour, dx, dy)
     ax.set(xlabel="epochs", ylabel="top-1, %", ylim=(50, 87), xticks=(12, 24, 36, 48))
-    title(fig, "48 epochs, one seed each: ResNet is ahead; one seed cannot rank with and without recurrence")
+    title(fig, "48 epochs, one seed each: ResNet is ahead; one seed cannot tell what recurrence is worth")
     draw(fig)
 
 
 def of_sizes(scores):
-    """`scores`: for each model and each size of the images the top-1 of its runs."""
+    """`scores`: for each model and each image size, the top-1 of its runs."""
     fig, ax = plt.subplots(figsize=(9, 3.4))
     for (name, runs), colour, aside in zip(scores.items(), (BLUE, GREY), (0.4, -0.4)):
         means = {px: sum(runs[px]) / len(runs[px]) for px in sorted(runs)}
@@ -422,19 +426,19 @@ def of_sizes(scores):
         label(ax, 96, means[96], f"{name} {means[96]:.1f}", colour, dx=12)
     ax.set(xticks=list(means), xticklabels=[f"{px} px:\n{(px // 4)**2} positions" for px in means],
            ylabel="top-1 after 4 epochs, %", ylim=(62, 70))
-    title(fig, "At 96 px both seeds are ahead with the recurrence; two seeds do not show a difference")
+    title(fig, "At 96 px both seeds are ahead with recurrence, but two seeds do not show a difference")
     draw(fig)
 
 
 def loss_differences(differences):
-    """`differences`: for each kind of run the loss in training with the recurrence less that without, by seed."""
+    """`differences`: for each kind of run and each seed, the training loss with recurrence less that without."""
     fig, ax = plt.subplots(figsize=(9, 3))
     for k, values in enumerate(differences.values()):
         ax.plot([k] * len(values), values, "o", color=BLUE)
         ax.plot([k - 0.2, k + 0.2], [sum(values) / len(values)] * 2, color=BLUE)
     ax.axhline(0, color=GREY, linewidth=1)
-    ax.set(xticks=range(len(differences)), xticklabels=differences, ylabel="loss with recurrence,\nless without",
-           xlim=(-0.5, len(differences) - 0.5))
+    ax.set(xticks=range(len(differences)), xticklabels=[kind.replace(", ", ",\n") for kind in differences],
+           xlim=(-0.5, len(differences) - 0.5), ylabel="training loss with\nrecurrence, less without")
     ax.grid(axis="x", visible=False)
-    title(fig, "The loss in training is lower with the recurrence where sequences are longest; a dot is a seed")
+    title(fig, "With recurrence the training loss is lower where sequences are longest; each dot is a seed")
     draw(fig)
