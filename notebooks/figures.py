@@ -245,8 +245,8 @@ def shape_examples(images, classes):
     draw(fig)
 
 
-def learning_curves(losses, scores, what, chance, text):
-    """`losses` of each step; `scores`: by step, in %."""
+def learning_curves(losses, scores, what, floor, text):
+    """`losses` of each step; `scores`: by step, in %; `floor`: what gives a score without learning, and that score."""
     width, last = 20, max(scores)
     smooth = [sum(losses[k:k + width]) / width for k in range(len(losses) - width + 1)]
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
@@ -256,8 +256,8 @@ def learning_curves(losses, scores, what, chance, text):
     left.set(title=f"training loss, and its mean over {width} steps", xlabel="step", ylim=(0, None))
     right.plot(*zip(*scores.items()), "o-", color=BLUE)
     right.set(title=what, xlabel="step", ylim=(0, 100))
-    right.axhline(chance, color=GREY, linestyle=":", linewidth=1)
-    label(right, last, chance, "chance", GREY, dx=0, dy=7, ha="right", fontsize=9)
+    right.axhline(floor[1], color=GREY, linestyle=":", linewidth=1)
+    label(right, last, floor[1], floor[0], GREY, dx=0, dy=7, ha="right", fontsize=9)
     label(right, last, scores[last], f"{scores[last]:.0f} %", BLUE)
     draw(fig)
 
