@@ -431,14 +431,14 @@ def of_sizes(scores):
 
 
 def loss_differences(differences):
-    """`differences`: for each kind of run and each seed, the training loss with recurrence less that without."""
+    """`differences`: for each kind of run and each seed, the training loss with minus without recurrence."""
     fig, ax = plt.subplots(figsize=(9, 3))
     for k, values in enumerate(differences.values()):
         ax.plot([k] * len(values), values, "o", color=BLUE)
         ax.plot([k - 0.2, k + 0.2], [sum(values) / len(values)] * 2, color=BLUE)
     ax.axhline(0, color=GREY, linewidth=1)
     ax.set(xticks=range(len(differences)), xticklabels=[kind.replace(", ", ",\n") for kind in differences],
-           xlim=(-0.5, len(differences) - 0.5), ylabel="training loss with\nrecurrence, less without")
+           xlim=(-0.5, len(differences) - 0.5), ylabel="training loss, with\nminus without recurrence")
     ax.grid(axis="x", visible=False)
     title(fig, "With recurrence the training loss is lower where sequences are longest; each dot is a seed")
     draw(fig)
