@@ -293,7 +293,7 @@ def receptive_fields(fields, shares, keep):
             if row == 0:
                 ax.set_title(f"stage {stage + 1}", fontweight="bold")
         axes[row, 0].set_ylabel(name)
-    title(fig, "The centre sees a streak along its row in stage 1 and most of the scene in stage 4")
+    title(fig, "The centre sees a streak along its row in stage 1 and much of the scene in stage 4")
     draw(fig, keep)
 
 
