@@ -274,7 +274,7 @@ def segmented(scenes, classes, palette):
             show(ax, np.where(labels[..., None] > 0, 0.35 * grey + 0.65 * palette[labels], image).astype(np.uint8))
             for k in np.unique(labels[labels > 0]):
                 y, x = np.nonzero(labels == k)
-                if len(x) > 40:  # a name for more than a few stray pixels
+                if len(x) > 80:  # no names for small patches
                     ax.text(np.clip(x.mean(), 14, 50), y.mean(), classes[k], ha="center", va="center", fontsize=9,
                             color="white", path_effects=[withStroke(linewidth=2, foreground="black")])
     for ax, text in zip(axes[:, 0], ("scene", "labels", "prediction")):
