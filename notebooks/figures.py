@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 from IPython import display
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
@@ -310,8 +312,56 @@ def costs(names, sizes, seconds, mebibytes, text):
 
 # Notebook 3 -----------------------------------------------------------------------------------------------------------
 
+def shape_examples(images, classes):
+    """`images`: two of each class, the classes in order."""
+    fig, axes = plt.subplots(2, len(classes), figsize=(9, 2.5))
+    title(fig, "Ten shapes to tell apart, whatever their texture, position, size and tilt")
+    for k, name in enumerate(classes):
+        show(axes[0, k], images[2 * k], name)
+        show(axes[1, k], images[2 * k + 1])
+        axes[0, k].title.set(ha="left", fontsize=9)
+    draw(fig)
+
+
+def learning_curves(losses, scores, what, floor, text):
+    """`losses` of each step; `scores`: by step, in %; `floor`: what gives a score without learning, and that score."""
+    width, last = 20, max(scores)
+    smooth = [sum(losses[k:k + width]) / width for k in range(len(losses) - width + 1)]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    title(fig, text)
+    left.plot(losses, color=BLUE, alpha=0.25, linewidth=1)
+    left.plot(range(width // 2, width // 2 + len(smooth)), smooth, color=BLUE)
+    left.set(title=f"training loss, and its mean over {width} steps", xlabel="step", ylim=(0, None))
+    right.plot(*zip(*scores.items()), "o-", color=BLUE)
+    right.set(title=what, xlabel="step", ylim=(0, 100))
+    right.axhline(floor[1], color=GREY, linestyle=":", linewidth=1)
+    label(right, last, floor[1], floor[0], GREY, dx=0, dy=7, ha="right", fontsize=9)
+    label(right, last, scores[last], f"{scores[last]:.0f} %", BLUE)
+    draw(fig)
+
+
+def segmented(scenes, classes, palette):
+    """`scenes`: an RGB image (H, W, 3), its true labels and its predicted labels, (H, W), for each; `palette`: (n, 3).
+    Labels other than 0 are drawn over the scene in grey."""
+    fig, axes = plt.subplots(3, len(scenes), figsize=(9, 4.9))
+    title(fig, "New scenes: their labels, and what the model predicts")
+    for column, (image, *both) in enumerate(scenes):
+        show(axes[0, column], image)
+        grey = image.mean(axis=2, keepdims=True)
+        for ax, labels in zip(axes[1:, column], both):
+            show(ax, np.where(labels[..., None] > 0, 0.35 * grey + 0.65 * palette[labels], image).astype(np.uint8))
+            for k in np.unique(labels[labels > 0]):
+                y, x = np.nonzero(labels == k)
+                if len(x) > 80:  # no names for small patches
+                    ax.text(np.clip(x.mean(), 14, 50), y.mean(), classes[k], ha="center", va="center", fontsize=9,
+                            color="white", path_effects=[withStroke(linewidth=2, foreground="black")])
+    for ax, text in zip(axes[:, 0], ("scene", "labels", "prediction")):
+        ax.set_ylabel(text)
+    draw(fig)
+
+
 def receptive_fields(fields, shares, keep):
-    """`fields`: for each row's name a map for each stage; `shares` of the pixels that hold 90 % of them."""
+    """`fields`: for each row's name a map per stage; `shares`: in % of the pixels, the part that holds 90 % of each."""
     fig, axes = plt.subplots(len(fields), 4, figsize=(9, 2.4 * len(fields)))
     for row, (name, of_stages) in enumerate(fields.items()):
         for stage, field in enumerate(of_stages):
@@ -321,14 +371,27 @@ def receptive_fields(fields, shares, keep):
             if row == 0:
                 ax.set_title(f"stage {stage + 1}", fontweight="bold")
         axes[row, 0].set_ylabel(name)
-    title(fig, "The centre sees a streak of its row in stage 1 and most of the scene in stage 4")
+    title(fig, "The centre sees a streak along its row in stage 1 and much of the scene in stage 4")
     draw(fig, keep)
 
 
+def gate_maps(image, gates, channels):
+    """`gates`: for each direction (H, W, E); `channels`: for each direction, those to show."""
+    fig, axes = plt.subplots(2, 1 + len(channels["left"]), figsize=(9, 3.9))
+    title(fig, "Bright gates take in new values, dark ones remember: channels differ and follow the image")
+    for row, (side, name) in enumerate((("left", "first to last"), ("right", "last to first"))):
+        show(axes[row, 0], image, "" if row else "scene")
+        axes[row, 0].set_ylabel(name)
+        for ax, channel in zip(axes[row, 1:], channels[side]):
+            shown = show(ax, gates[side][..., channel], f"channel {channel}", vmin=0, vmax=1)
+    fig.colorbar(shown, ax=axes[:, -1], label="gate z")
+    draw(fig)
+
+
 def memories(reaches, widths, stages):
-    """`reaches`: untrained and trained, for each block the memory of each channel; `widths` of a row."""
+    """`reaches`: untrained and trained, for each block the memory of each channel; `widths`: the maps', by block."""
     fig, ax = plt.subplots(figsize=(9, 3.8))
-    title(fig, "Training lengthens some memories and shortens others; only in stage 4 some outlast a row")
+    title(fig, "Training lengthens some memories and shortens others; only in stage 4 do some outlast a row")
     for name, shift, colour in ("untrained", -0.18, GREY), ("trained", 0.18, BLUE):
         for k, reach in enumerate(reaches[name]):
             jitter = [0.24 * (i * 0.618 % 1) - 0.12 for i in range(len(reach))]
@@ -350,13 +413,15 @@ def memories(reaches, widths, stages):
 # Notebook 4 -----------------------------------------------------------------------------------------------------------
 
 def recall_examples(tasks, colours):
-    """`tasks`: for each an image, the answer at each position, and its distance, in a batch of one."""
-    fig, axes = plt.subplots(1, 4, figsize=(9, 2.7))
-    title(fig, "What is shown, and the colour to name at each position")
-    for (task, (images, answers, _)), (left, right) in zip(tasks.items(), (axes[:2], axes[2:])):
-        show(left, images[0].permute(1, 2, 0) + 0.5, f"{task}:\nimage")
-        side = round(answers.shape[1]**0.5)
-        show(right, colours[answers[0].view(side, side)], "\nanswers")
+    """`tasks`: for each an image, the answers, and the distances, in a batch of one. No distance, -1: no answer."""
+    fig, axes = plt.subplots(1, 2 * len(tasks), figsize=(9, 2.3))
+    title(fig, "The image, and the colour to name at each position")
+    for (task, (images, answers, distances)), left, right in zip(tasks.items(), axes[::2], axes[1::2]):
+        show(left, images[0].permute(1, 2, 0) + 0.5, task)
+        named = np.where(distances[0, :, None] < 0, 0.85, colours[answers[0]])
+        show(right, named.reshape(*[math.isqrt(len(named))] * 2, 3), "answers")
+        for ax in left, right:
+            ax.title.set_fontsize(9)
     draw(fig)
 
 
@@ -364,23 +429,25 @@ def recall_accuracy(tasks, octaves):
     """`tasks`: for each task and each model the accuracy, in %, at each octave of distance."""
     styles = ((BLUE, "-", "o"), (BLUE, "--", "s"), (BLUE, ":", "v"), (GREEN, "-", "^"), (RED, "-", "o"),
               (ORANGE, "-", "s"), (GREY, "-", "D"))
-    fig, axes = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, width_ratios=(1.6, 1))
-    title(fig, "The scan carries a key as far as its own order goes; kernels end where their arithmetic says")
-    for ax, (task, curves) in zip(axes, tasks.items()):
+    lengths = [len(next(iter(curves.values()))) for curves in tasks.values()]
+    fig, axes = plt.subplots(1, len(tasks), figsize=(9, 4.6), sharey=True, width_ratios=lengths)
+    title(fig, "The scan carries a key along its own order; kernels stop where their reach ends")
+    for ax, length, (task, curves) in zip(axes, lengths, tasks.items()):
         for (name, curve), (colour, line, marker) in zip(curves.items(), styles):
-            ax.plot(range(len(curve)), curve, line, color=colour, marker=marker, markersize=5, label=name)
+            ax.plot(range(length), curve, line, color=colour, marker=marker, markersize=5, label=name)
         ax.axhline(25, color=GREY, linewidth=1, linestyle=":")
-        ax.set(title=task, ylim=(0, 104), xticks=range(len(curve)))
-        ax.set_xticklabels([octave.replace("-", "–\n") for octave in octaves[:len(curve)]], fontsize=9)
+        ax.set(title=task, ylim=(0, 104), xticks=range(length))
+        ax.set_xticklabels([octave.replace("-", "–\n") for octave in octaves[:length]], fontsize=8)
     label(axes[0], 0, 25, "guessing", GREY, dx=-4, dy=-8, fontsize=9)
-    axes[0].set(xlabel="distance to the key, positions in reading order", ylabel="accuracy, %, mean of five seeds")
-    axes[1].set_xlabel("distance to the key, rows")
+    axes[0].set(xlabel="distance to the key, positions", ylabel="accuracy, %, mean of five seeds")
+    axes[1].set_xlabel("distance, rows")
+    axes[2].set_xlabel("distance, steps of the path")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=9)
     draw(fig, keep="4_distance.png")
 
 
 def equals(curves, units, names, colours):
-    """`curves`: the top-1 of each model after each epoch; `units`: for each x axis what an epoch of a model costs."""
+    """`curves`: the top-1 of each model after each epoch; `units`: for each x axis, the cost of an epoch by model."""
     fig, axes = plt.subplots(1, 3, figsize=(9, 3.8), sharey=True)
     for ax, (text, per_epoch) in zip(axes, units.items()):
         for name, curve in curves.items():
@@ -388,17 +455,17 @@ def equals(curves, units, names, colours):
             ax.plot(ends, curve, color=colours[name])
             if ax is axes[0]:
                 label(ax, ends[-1], curve[-1], f"{names[name]} {curve[-1]:.1f}", colours[name],
-                      dy={"convnext": 5, "vit": -6}.get(name, 0), fontsize=9)  # the two are level
+                      dy={"convnext": 5, "vit": -6}.get(name, 0), fontsize=9)  # these two end level
         ax.set(xlabel=text, ylim=(40, 82))
-        if ax is not axes[0]:  # there ViT needs several times as much
+        if ax is not axes[0]:  # since ViT needs several times as much
             ax.set(xscale="log", xticks=(3, 10, 30, 100), xticklabels=(3, 10, 30, 100))
     axes[0].set_ylabel("top-1, %")
-    title(fig, "ResNet is ahead of VisionGRU, three seeds each; the others, of one seed, are behind")
+    title(fig, "ResNet is ahead of VisionGRU, with three seeds each; the others, with one seed, are behind")
     draw(fig, keep="4_what_the_recurrence_is_worth.png")
 
 
 def variants(scores, differences):
-    """`scores`: the top-1 of each variant's runs, the unchanged one first; `differences` from it, in words."""
+    """`scores`: the top-1 of each variant's runs, the unchanged model first; `differences` from it, as text."""
     fig, ax = plt.subplots(figsize=(9, 3.4))
     for row, (name, values) in enumerate(scores.items()):
         colour, middle = GREY if row else BLUE, sum(values) / len(values)
@@ -408,12 +475,12 @@ def variants(scores, differences):
         ax.text(max(values) + 0.2, row, text, va="center", fontsize=10)
     ax.set(yticks=range(len(scores)), yticklabels=scores, xlim=(72, 82), xlabel="top-1 after 12 epochs, %")
     ax.invert_yaxis()
-    title(fig, "At 48 px no difference is shown between with and without recurrence")
+    title(fig, "At 48 px, three seeds show no difference between the models with and without recurrence")
     draw(fig)
 
 
 def longer(runs, labels, colours):
-    """`runs`: one of 48 epochs, or a stopped one, for each model."""
+    """`runs`: for each model one of 48 epochs, or one that was stopped."""
     fig, ax = plt.subplots(figsize=(9, 4))
     for name, run in runs.items():
         curve, colour = [entry["top1"] for entry in run["log"]], colours.get(name, BLUE)
@@ -423,12 +490,12 @@ def longer(runs, labels, colours):
         text = f"{labels[name]} {curve[-1]:.1f}" + ", stopped" * ("stopped" in run)
         label(ax, len(curve), curve[-1], text, colour, dx, dy)
     ax.set(xlabel="epochs", ylabel="top-1, %", ylim=(50, 87), xticks=(12, 24, 36, 48))
-    title(fig, "48 epochs, one seed each: ResNet is ahead; one seed cannot rank with and without recurrence")
+    title(fig, "48 epochs, one seed each: ResNet is ahead; one seed cannot tell what recurrence is worth")
     draw(fig)
 
 
 def of_sizes(scores):
-    """`scores`: for each model and each size of the images the top-1 of its runs."""
+    """`scores`: for each model and each image size, the top-1 of its runs."""
     fig, ax = plt.subplots(figsize=(9, 3.4))
     for (name, runs), colour, aside in zip(scores.items(), (BLUE, GREY), (0.4, -0.4)):
         means = {px: sum(runs[px]) / len(runs[px]) for px in sorted(runs)}
@@ -437,19 +504,19 @@ def of_sizes(scores):
         label(ax, 96, means[96], f"{name} {means[96]:.1f}", colour, dx=12)
     ax.set(xticks=list(means), xticklabels=[f"{px} px:\n{(px // 4)**2} positions" for px in means],
            ylabel="top-1 after 4 epochs, %", ylim=(62, 70))
-    title(fig, "At 96 px both seeds are ahead with the recurrence; two seeds do not show a difference")
+    title(fig, "At 96 px both seeds are ahead with recurrence, but two seeds do not show a difference")
     draw(fig)
 
 
 def loss_differences(differences):
-    """`differences`: for each kind of run the loss in training with the recurrence less that without, by seed."""
+    """`differences`: for each kind of run and each seed, the training loss with minus without recurrence."""
     fig, ax = plt.subplots(figsize=(9, 3))
     for k, values in enumerate(differences.values()):
         ax.plot([k] * len(values), values, "o", color=BLUE)
         ax.plot([k - 0.2, k + 0.2], [sum(values) / len(values)] * 2, color=BLUE)
     ax.axhline(0, color=GREY, linewidth=1)
-    ax.set(xticks=range(len(differences)), xticklabels=differences, ylabel="loss with recurrence,\nless without",
-           xlim=(-0.5, len(differences) - 0.5))
+    ax.set(xticks=range(len(differences)), xticklabels=[kind.replace(", ", ",\n") for kind in differences],
+           xlim=(-0.5, len(differences) - 0.5), ylabel="training loss, with\nminus without recurrence")
     ax.grid(axis="x", visible=False)
-    title(fig, "The loss in training is lower with the recurrence where sequences are longest; a dot is a seed")
+    title(fig, "With recurrence the training loss is lower where sequences are longest; each dot is a seed")
     draw(fig)
