@@ -401,13 +401,12 @@ def exported(model, x, sides=None):
     return torch.export.export(model.eval(), (x,), dynamic_shapes=(dynamic,), strict=False)
 
 
-class Scans(torch.nn.Module):
-    def forward(self, a, b, h0, scan=scan_parallel):
-        return [scan(a, b, start, reverse) for start in (None, h0) for reverse in (False, True)]
-
-
 @process
 def test_an_exported_scan_is_the_loop_at_every_length_in_its_range_and_without_a_range_is_refused():
+    class Scans(torch.nn.Module):
+        def forward(self, a, b, h0, scan=scan_parallel):
+            return [scan(a, b, start, reverse) for start in (None, h0) for reverse in (False, True)]
+
     def slow(T):  # what a state was at one end is still felt at the other
         return 1 - torch.rand(1, T, 1).double() / T, torch.rand(1, T, 1).double(), torch.ones(1, 1).double()
 
@@ -818,18 +817,19 @@ class Oracle(torch.nn.Module):
         return F.one_hot(x[:, 0].round().long().clamp(0, 3), 4).permute(0, 3, 1, 2).float()
 
 
-def test_evaluation_counts_each_known_pixel_once_at_the_label_maps_size_with_the_argmax_of_the_enlarged_logits():
+def test_evaluation_counts_each_known_pixel_once_at_the_label_maps_size():
+    def evaluated(*masks):
+        return segment.evaluate(Oracle(), [(image, mask) for mask in masks], train.Distributed(), lambda images: images)
     mask = torch.randint(0, 4, (1, 37, 50), dtype=torch.uint8)
     image = mask.float().expand(1, 3, -1, -1).clone()
     image[..., 0, :10] = (image[..., 0, :10] + 1) % 4  # ten mistakes
     mask[:, 1] = 255
-    confusion = segment.evaluate(Oracle(), [(image, mask)] * 2, train.Distributed(), lambda images: images)
+    confusion = evaluated(mask, mask)
     assert confusion.sum() == 2 * 36 * 50 and confusion.sum() - confusion.diag().sum() == 20
-    large = mask.repeat_interleave(3, 1).repeat_interleave(3, 2)  # a label map of thrice the image's size
-    assert segment.evaluate(Oracle(), [(image, large)], train.Distributed(), lambda images: images).sum() == 9 * 36 * 50
-    with pytest.raises(train.UserError, match="no pixel with a label"):
-        segment.evaluate(Oracle(), [(image, mask * 0 + 255)], train.Distributed(), lambda images: images)
-    logits = torch.randn(1, 7, 4, 3)
+    thrice = mask.repeat_interleave(3, 1).repeat_interleave(3, 2)  # the image's size
+    assert evaluated(thrice).sum() == 9 * 36 * 50
+    assert_refused("no pixel with a label", evaluated, mask * 0 + 255)
+    logits = torch.randn(1, 7, 4, 3)  # the argmax is that of the enlarged logits
     assert torch.equal(segment.label_map(*logits, (9, 8)), F.interpolate(logits, (9, 8), mode="bilinear").argmax(1)[0])
 
 
@@ -997,14 +997,23 @@ def segmented(streets, tmp_path_factory):
 
 
 @pytest.fixture
-def either(request, pictures, streets, finished, segmented):
-    """By the parameter "train" or "segment": the module, its arguments for a short run, and that run left alone."""
-    if request.param == "train":
-        return train, functools.partial(arguments, pictures), finished
-    return segment, functools.partial(seg_arguments, streets), segmented
+def out(tmp_path):
+    return tmp_path / "run"
 
 
-both_scripts = pytest.mark.parametrize("either", ["train", "segment"], indirect=True)
+@pytest.fixture
+def words(module, pictures, streets, out):
+    """The arguments of a short run of the script `module`, to which a test adds its own."""
+    return functools.partial(*{train: (arguments, pictures), segment: (seg_arguments, streets)}[module], out)
+
+
+@pytest.fixture
+def alone(module, finished, segmented):
+    """That run, left alone."""
+    return {train: finished, segment: segmented}[module]
+
+
+both_scripts = pytest.mark.parametrize("module", [train, segment], ids=["train", "segment"])
 
 
 def micro_model(**kw):
@@ -1018,16 +1027,15 @@ train.MODELS.update(dict.fromkeys(train.MODELS, micro_model))
 @both_scripts
 @process
 def test_a_run_learns_tells_its_progress_and_leaves_a_log_checkpoints_and_a_command_to_evaluate_it(
-        either, tmp_path, monkeypatch, capsys):
-    module, words, _ = either
-    out, clock = tmp_path / "run", itertools.count(0, 25)  # seconds from one look to the next
+        module, words, out, monkeypatch, capsys):
+    clock = itertools.count(0, 25)  # seconds from one look to the next
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
     steps, gently, classes, keys = {
         train: ([6, 12, 18, 24, 30, 36], "--epochs 6 --lr 4e-3 --mixup 0 --cutmix 0 --randaug 0 0 --reprob 0",
                 ["ant", "bee", "cat"], {"epoch", "top1", "top5", "ema_top1", "ema_top5"}),
         segment: ([40, 80], "--iters 80 --eval-every 40 --lr 2e-3 --distort 0 --batch-size 8 --grad-accum-steps 2 "
                   "--save-every 7 --slide", ["red", "green", "blue"], {"miou", "mean_acc", "pixel_acc"})}[module]
-    assert module.main(words(out, "--drop-path", 0, *gently.split())) == 0
+    assert module.main(words("--drop-path", 0, *gently.split())) == 0
     printed, log, best = capsys.readouterr().out, history(out), train.load_checkpoint(out / "best.pt")
     assert [entry["step"] for entry in log] == steps and keys | {"loss", "lr", "images_per_s"} <= log[0].keys()
     scores = [entry.get("miou", entry.get("top1")) for entry in log]
@@ -1047,20 +1055,18 @@ def test_a_run_learns_tells_its_progress_and_leaves_a_log_checkpoints_and_a_comm
     assert f"{best['best']:.2f}" in printed.splitlines()[-2] and f"{best['best']:.2f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("either, more, prefix", [
-    ("train", "--epochs 1 --weights ten.pt", ""), ("segment", "--iters 1 --backbone-weights ten.pt", "backbone.")],
-    indirect=["either"])
+@pytest.mark.parametrize("module, more, prefix", [
+    (train, "--epochs 1 --weights ten.pt", ""), (segment, "--iters 1 --backbone-weights ten.pt", "backbone.")])
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_fine_tuning_in_mixed_precision_starts_from_a_classifiers_weights(
-        either, more, prefix, amp, tmp_path, monkeypatch, capsys):
-    module, words, _ = either
+        module, more, prefix, amp, words, out, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     start = micro_model(num_classes=10).state_dict()
     torch.save(start, "ten.pt")
-    assert module.main(words("run", "--amp", amp, "--lr", 0, *more.split())) == 0
+    assert module.main(words("--amp", amp, "--lr", 0, *more.split())) == 0
     said = capsys.readouterr().out.count("a classifier for 10 classes instead of 3")
-    assert said == (module is train) and math.isfinite(history(Path("run"))[0]["loss"])
-    last = train.load_checkpoint("run/last.pt")
+    assert said == (module is train) and math.isfinite(history(out)[0]["loss"])
+    last = train.load_checkpoint(out / "last.pt")
     assert bool(last["scaler"]) == (amp == "fp16")
     assert all(torch.equal(last["model"][prefix + name], start[name]) for name in start if not name.startswith("head."))
 
@@ -1110,11 +1116,11 @@ def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_
         bad.unlink()
 
 
-def test_options_that_let_a_run_learn_little_and_a_classifier_of_other_classes_are_noted(pictures, tmp_path, capsys):
+def test_options_that_let_a_run_learn_little_and_a_kept_classifier_are_noted(pictures, out, tmp_path, capsys):
     weights, config = tmp_path / "weights.pt", {"classes": ["ant", "fly", "cat"]}
     torch.save({"model": micro_model(num_classes=3).state_dict(), "config": config}, weights)
     more = "--batch-size", 64, "--epochs", 1, "--weights", weights
-    assert train.main(arguments(pictures, tmp_path / "run", *more)) == 0
+    assert train.main(arguments(pictures, out, *more)) == 0
     for note, start in zip(capsys.readouterr().out.splitlines(), [
             "note: an epoch is one step, which has each of the 51 training images 1.3 times: a lower --batch-size",
             f"{weights}: its classifier, for as many other classes ('fly' where the data has 'bee'), is kept",
@@ -1134,11 +1140,11 @@ def test_names_of_files_and_classes_are_escaped_for_the_terminal_and_quoted_for_
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_that_cannot_be_read_stop_the_run_with_their_path(workers, tmp_path, capsys):
+def test_images_that_cannot_be_read_stop_the_run_with_their_path(workers, out, tmp_path, capsys):
     data = picture_folder(tmp_path / "data", {"a": 8, "b": 8}, {"a": 1, "b": 1})
     (data / "train" / "b" / "3.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit, match="2"):
-        train.run_main(lambda: train.main(arguments(data, tmp_path / "run", "--workers", workers)))
+        train.run_main(lambda: train.main(arguments(data, out, "--workers", workers)))
     assert re.fullmatch("error: cannot read the image .*3.png: .*\n", capsys.readouterr().err)
 
 
@@ -1153,46 +1159,44 @@ FOLDERS = {  # by the names in the table below: how many pictures of each class 
 }
 
 
-@pytest.mark.parametrize("either, more, message", [  # `more` follows the arguments of a run, or "only"
-    ("train", "--data absent", r"expected \{train,val\}/<class>/<images> in it: .*absent/train"),
-    ("train", "--data {none}", r"expected \{train,val\}/<class>/<images> in it: there are no images in train"),
-    ("train", "--data {no_b}", "there are no images in b"),
-    ("train", "--data {one}", "train is the only class, and nothing is learned from one; do the classes'"),
-    ("train", "--data {others}", "different classes; in one of them only: b, c"),
-    ("train", "--data {no_val}", "there are no images in val"),
-    ("train", "--grad-accum-steps 3",
+@pytest.mark.parametrize("module, more, message", [  # `more` follows the arguments of a run, or "only"
+    (train, "--data absent", r"expected \{train,val\}/<class>/<images> in it: .*absent/train"),
+    (train, "--data {none}", r"expected \{train,val\}/<class>/<images> in it: there are no images in train"),
+    (train, "--data {no_b}", "there are no images in b"),
+    (train, "--data {one}", "train is the only class, and nothing is learned from one; do the classes'"),
+    (train, "--data {others}", "different classes; in one of them only: b, c"),
+    (train, "--data {no_val}", "there are no images in val"),
+    (train, "--grad-accum-steps 3",
      "--batch-size 8: expected a multiple of 6, for 1 processes x --grad-accum-steps 3 x the pairs of "),
-    ("train", "--device cuda:99", "--device cuda:99: "),
-    ("train", "--lr nan", "--lr: expected a number of at least 0, not 'nan'"),
-    ("train", "--weights absent.pt", "cannot open the checkpoint absent.pt: No such file"),
-    ("train", f"--resume {BACKBONE}", "only weights; resume a last.pt, or start from --weights"),
-    ("train", f"{TRAINED} --seed 3", f"seed was 0 and is now 3{KEEP_IT}"),
-    ("train", TRAINED + " --data {two}", "trained on 3 classes and the data has 2"),
-    ("train", TRAINED + " --data {three}", "train-images was 51 and is now 27"),
-    ("train", f"only --eval --weights {BACKBONE} --data {{two}} --device cpu", "on 3 classes and the data has 2"),
-    ("train", "only --eval --device cpu", "need a checkpoint: --weights FILE"),
-    ("train", "only --eval --weights x --lr 1", "--lr: does nothing with --eval"),
-    ("train", "only --predict x.png --weights {segmented}/best.pt", "best.pt has no classifier"),
-    ("segment", "--batch-size 4 --grad-accum-steps 4", "a micro-batch would be one image, and BatchNorm needs two"),
-    ("segment", "--weights a --backbone-weights b", "--weights and --backbone-weights: give one of the two"),
-    ("segment", f"--weights {BACKBONE}", "have no decoder"),
-    ("segment", TRAINED, "last.pt was trained on other classes than the data's: 'ant' where it has 'red'"),
-    ("segment", f"{SEGMENTED} --no-zero-is-ignore", "last.pt: zero-is-ignore was True and is now False"),
-    ("segment", f"only --predict x --weights {BACKBONE}", "has no decode_head.conv_seg.weight; expected a check"),
-    ("segment", "only --predict a/1.jpg b/1.jpg --weights {segmented}/best.pt", "a/1.jpg and b/1.jpg would be written"),
-    ("segment", "only --num-classes 3", "--num-classes"),  # without --data
-    ("train", "--data {three} --out {three}/train/run", "--out .*: it would be read as data, in .*/three/train;"),
-], indirect=["either"])
-def test_options_that_make_no_sense_are_refused(either, more, message, finished, segmented, tmp_path):
-    module, words, _ = either
+    (train, "--device cuda:99", "--device cuda:99: "),
+    (train, "--lr nan", "--lr: expected a number of at least 0, not 'nan'"),
+    (train, "--weights absent.pt", "cannot open the checkpoint absent.pt: No such file"),
+    (train, f"--resume {BACKBONE}", "only weights; resume a last.pt, or start from --weights"),
+    (train, f"{TRAINED} --seed 3", f"seed was 0 and is now 3{KEEP_IT}"),
+    (train, TRAINED + " --data {two}", "trained on 3 classes and the data has 2"),
+    (train, TRAINED + " --data {three}", "train-images was 51 and is now 27"),
+    (train, f"only --eval --weights {BACKBONE} --data {{two}} --device cpu", "on 3 classes and the data has 2"),
+    (train, "only --eval --device cpu", "need a checkpoint: --weights FILE"),
+    (train, "only --eval --weights x --lr 1", "--lr: does nothing with --eval"),
+    (train, "only --predict x.png --weights {segmented}/best.pt", "best.pt has no classifier"),
+    (segment, "--batch-size 4 --grad-accum-steps 4", "a micro-batch would be one image, and BatchNorm needs two"),
+    (segment, "--weights a --backbone-weights b", "--weights and --backbone-weights: give one of the two"),
+    (segment, f"--weights {BACKBONE}", "have no decoder"),
+    (segment, TRAINED, "last.pt was trained on other classes than the data's: 'ant' where it has 'red'"),
+    (segment, f"{SEGMENTED} --no-zero-is-ignore", "last.pt: zero-is-ignore was True and is now False"),
+    (segment, f"only --predict x --weights {BACKBONE}", "has no decode_head.conv_seg.weight; expected a check"),
+    (segment, "only --predict a/1.jpg b/1.jpg --weights {segmented}/best.pt", "a/1.jpg and b/1.jpg would be written"),
+    (segment, "only --num-classes 3", "--num-classes"),  # without --data
+    (train, "--data {three} --out {three}/train/run", "--out .*: it would be read as data, in .*/three/train;"),
+])
+def test_options_that_make_no_sense_are_refused(module, more, message, words, out, finished, segmented, tmp_path):
     folders = {name: tmp_path / name for name in FOLDERS}
     for name in FOLDERS:
         if f"{{{name}}}" in more:
             picture_folder(folders[name], *FOLDERS[name])
     given = more.format(finished=finished, segmented=segmented, **folders).split()
-    with pytest.raises(train.UserError, match=message):
-        module.main(given[1:] if given[0] == "only" else words(tmp_path / "run", *given))
-    assert not (tmp_path / "run").exists()
+    assert_refused(message, module.main, given[1:] if given[0] == "only" else words(*given))
+    assert not out.exists()
 
 
 def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one(finished, pictures, tmp_path):
@@ -1253,13 +1257,12 @@ def test_resume_without_best_pt_validates_again_to_write_another(finished, pictu
 
 @both_scripts
 def test_resume_with_other_files_of_the_same_names_is_refused_and_with_the_same_elsewhere_is_not(
-        either, pictures, streets, tmp_path):
-    module, words, alone = either
+        module, words, alone, out, pictures, streets, tmp_path):
     data, kind, names = {train: (pictures, "training", "train/ant/*"),
                          segment: (streets, "validation", "annotations/validation/*")}[module]
     shutil.copytree(data, copy := tmp_path / "data")
-    shutil.copytree(alone, out := tmp_path / "run")
-    words = words(out, "--resume", "auto", "--data", copy)
+    shutil.copytree(alone, out)
+    words = words("--resume", "auto", "--data", copy)
     assert module.main(words) == 0
     first, second, *_ = copy.glob(names)
     first.rename(tmp_path / "first"), second.rename(first), (tmp_path / "first").rename(second)
@@ -1348,13 +1351,10 @@ def assert_same_end(out, alone):
         assert comparable(read(out / name)) == comparable(read(alone / name)), name
 
 
-@pytest.mark.parametrize("either, moments", [("train", [2, "SIGINT", "writing"]), ("segment", [1, "SIGHUP"])],
-                         indirect=["either"])
+@pytest.mark.parametrize("module, moments", [(train, [2, "SIGINT", "writing"]), (segment, [1, "SIGHUP"])])
 @process
-def test_resume_after_kills_and_signals_anywhere_ends_with_the_same_bits(either, moments, tmp_path):
-    module, words, alone = either
-    out = tmp_path / "run"
-    crash(module.main, words(out, "--save-every", 1, "--workers", 1), out, moments)
+def test_resume_after_kills_and_signals_anywhere_ends_with_the_same_bits(module, moments, words, alone, out):
+    crash(module.main, words("--save-every", 1, "--workers", 1), out, moments)
     assert_same_end(out, alone)
 
 
@@ -1374,8 +1374,7 @@ def test_resume_after_twenty_kills_on_the_built_in_set(main, words, tmp_path):
 
 @both_scripts
 @process
-def test_signals_during_validation_end_it_and_a_resumed_run_begins_with_it(either, tmp_path, monkeypatch):
-    module, words, alone = either
+def test_signals_during_validation_end_it_and_a_resumed_run_begins_with_it(module, words, alone, out, monkeypatch):
     plain, seen = module.eval_transform, []
 
     def told(*args, **kw):
@@ -1383,11 +1382,11 @@ def test_signals_during_validation_end_it_and_a_resumed_run_begins_with_it(eithe
         return lambda *item: (seen.append(1), signal.raise_signal(signal.SIGTERM), transform(*item))[2]
     monkeypatch.setattr(module, "eval_transform", told)
     monkeypatch.setattr(train.os, "_exit", lambda status: None)  # the signal comes again for each image of a batch
-    assert module.main(words(tmp_path / "run")) == 128 + signal.SIGTERM
-    assert len(seen) <= 8 and not (tmp_path / "run" / "log.jsonl").exists()
+    assert module.main(words()) == 128 + signal.SIGTERM
+    assert len(seen) <= 8 and not (out / "log.jsonl").exists()
     monkeypatch.setattr(module, "eval_transform", plain)
-    assert module.main(words(tmp_path / "run", "--resume", "auto")) == 0
-    assert_same_end(tmp_path / "run", alone)
+    assert module.main(words("--resume", "auto")) == 0
+    assert_same_end(out, alone)
 
 
 def children(process):
@@ -1395,8 +1394,7 @@ def children(process):
 
 
 @process
-def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_its_loader(pictures, tmp_path):
-    out = tmp_path / "run"
+def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_its_loader(pictures, out):
     process = forked(train.main, arguments(pictures, out, "--workers", 1, "--save-every", 1, "--epochs", 999))
     process.stdout.readline()
     process.stdout.close()
@@ -1410,11 +1408,10 @@ def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_i
     assert train.load_checkpoint(out / "last.pt")["step"] > 6
 
 
-@pytest.mark.parametrize("either, use", [
-    ("train", "--eval --data {pictures}"), ("train", "--predict {pictures}/val/ant/0.png"),
-    ("segment", "--eval --data {streets}")], indirect=["either"])
-def test_pipes_a_result_that_cannot_be_written_is_an_error(either, use, pictures, streets, monkeypatch, capsys):
-    module, _, alone = either
+@pytest.mark.parametrize("module, use", [(train, "--eval --data {pictures}"), (segment, "--eval --data {streets}"),
+                                         (train, "--predict {pictures}/val/ant/0.png")])
+def test_pipes_a_result_that_cannot_be_written_is_an_error(
+        module, use, alone, pictures, streets, monkeypatch, capsys):
     use = use.format(pictures=pictures, streets=streets).split()
     with open("/dev/full", "w") as full, monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
         patch.setattr(sys, "stdout", full)
@@ -1423,10 +1420,10 @@ def test_pipes_a_result_that_cannot_be_written_is_an_error(either, use, pictures
 
 
 @process
-def test_pipes_closed_from_the_start_keep_no_run_from_training(pictures, tmp_path):
-    words = arguments(pictures, tmp_path / "run", "--epochs", 1, "--workers", 1, "--batch-size", 50)
+def test_pipes_closed_from_the_start_keep_no_run_from_training(pictures, out):
+    words = arguments(pictures, out, "--epochs", 1, "--workers", 1, "--batch-size", 50)
     end_of(started(["sh", "-c", f"exec {sys.executable} {HERE / 'train.py'} {shlex.join(words)} <&- >&- 2>&-"]))
-    assert len(history(tmp_path / "run")) == 1
+    assert len(history(out)) == 1
 
 
 def train_for_ever(words):
@@ -1436,8 +1433,8 @@ def train_for_ever(words):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @process
-def test_signals_given_twice_stop_at_once(workers, pictures, tmp_path):
-    process = forked(train_for_ever, arguments(pictures, tmp_path / "run", "--workers", workers))
+def test_signals_given_twice_stop_at_once(workers, pictures, out):
+    process = forked(train_for_ever, arguments(pictures, out, "--workers", workers))
     while "training and" not in process.stdout.readline():  # after this line nothing but steps is to be done
         assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
@@ -1499,10 +1496,10 @@ def test_a_legend_tells_classes_apart_whose_names_the_font_lacks(monkeypatch):
 
 
 @process
-def test_distributed_an_error_is_one_line_whether_one_process_meets_it_or_all(pictures, tmp_path):
+def test_distributed_an_error_is_one_line_whether_one_process_meets_it_or_all(pictures, out, tmp_path):
     shutil.copytree(pictures, data := tmp_path / "data")
     (data / "val/ant/1.png").write_text("no picture")  # of rank 1's share
-    one = started(torchrun(2, *arguments(data, tmp_path / "run", "--epochs", 1, "--batch-size", 48)))
+    one = started(torchrun(2, *arguments(data, out, "--epochs", 1, "--batch-size", 48)))
     both = started(torchrun(2, "--data", tmp_path / "absent", "--device", "cpu"))
     for process, message in (one, "error: cannot read the image"), (both, "error: --data"):
         _, err = process.communicate(timeout=100)
@@ -1514,11 +1511,11 @@ def test_distributed_an_error_is_one_line_whether_one_process_meets_it_or_all(pi
     ({"RANK": "1"}, "cannot join .* WORLD_SIZE expected"), ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR expected"),
     ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two'; expected a number"),
     ({"LOCAL_WORLD_SIZE": "-1"}, "the environment variable LOCAL_WORLD_SIZE is '-1'")])
-def test_environments_that_torchrun_has_not_set_up_are_refused(variables, message, pictures, tmp_path, monkeypatch):
+def test_environments_that_torchrun_has_not_set_up_are_refused(variables, message, pictures, out, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(train.UserError, match=message):
-        train.main(["--data", str(pictures), "--out", str(tmp_path / "run"), "--device", "cpu", "--batch-size", "2"])
+    words = "--data", str(pictures), "--out", str(out), "--device", "cpu", "--batch-size", "2"
+    assert_refused(message, train.main, words)
 
 
 @pytest.mark.parametrize("error, advice", [
@@ -1566,10 +1563,10 @@ CABLE = shutil.which("unshare") and subprocess.run(
 
 
 @process
-def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, tmp_path):
+def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, out, tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 first\n10.99.0.2 second\n")
     endpoint = f"--rdzv_endpoint={'first' if CABLE else 'localhost'}:29567"
-    command = torchrun(1, *arguments(pictures, tmp_path / "run", "--resume", "auto"),
+    command = torchrun(1, *arguments(pictures, out, "--resume", "auto"),
                        options=("--nnodes=2", "--rdzv_backend=c10d", endpoint))
     if CABLE:
         lines = HOSTS.format(hosts=tmp_path / "hosts", command=shlex.join(map(str, command)),
@@ -1578,7 +1575,7 @@ def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, tmp_p
     else:  # where namespaces are forbidden: two agents that meet on the loopback device
         for agent in [started(command) for _ in range(2)]:
             end_of(agent)
-    ours, theirs = (train.load_checkpoint(folder / "last.pt") for folder in (tmp_path / "run", pair))
+    ours, theirs = (train.load_checkpoint(folder / "last.pt") for folder in (out, pair))
     for kind in "model", "ema":
         torch.testing.assert_close(ours[kind], theirs[kind], rtol=0, atol=1e-5)
 
@@ -1611,26 +1608,24 @@ def test_cuda_a_mingru_in_bf16_is_as_near_to_float64_as_on_a_cpu(compiled, with_
 @both_scripts
 @process
 def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_its_checkpoint_evaluates_there(
-        either, tmp_path, monkeypatch, capsys, device="cuda"):
+        module, words, tmp_path, monkeypatch, capsys, device="cuda"):
     monkeypatch.setitem(train.MODELS, "nano", visiongru_nano)
-    module, words, _ = either
     same_images = ("--drop-path", 0) if module is segment else ("--drop-path", 0, "--reprob", 0)
     for name, more in ("cpu", ()), ("other", ("--device", device, "--amp", "bf16", "--compile")):
-        assert module.main(words(tmp_path / name, *same_images, *more)) == 0
+        assert module.main(words("--out", tmp_path / name, *same_images, *more)) == 0
     losses = [[entry["loss"] for entry in history(tmp_path / name)] for name in ("cpu", "other")]
     assert losses[1] == pytest.approx(losses[0], rel=0.1) and "compiling" in capsys.readouterr().out
     weights = "--weights", str(tmp_path / "other" / "best.pt")
-    assert module.main(["--eval", *weights, *words(tmp_path)[:2], "--device", "cpu"]) == 0
+    assert module.main(["--eval", *weights, *words()[:2], "--device", "cpu"]) == 0
 
 
 @cuda(2)
 @both_scripts
 @process
-def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(either, tmp_path, device="cuda"):
-    module, words, _ = either
+def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(module, words, tmp_path, device="cuda"):
     more = ("--lr", 0) if module is segment else ()  # dropout differs, and only what comes before it is compared
     for count in 1, 2:
-        of_run = words(tmp_path / str(count), "--device", device, "--drop-path", 0, *more)
+        of_run = words("--out", tmp_path / str(count), "--device", device, "--drop-path", 0, *more)
         end_of(started(torchrun(count, *of_run, name=f"{module.__name__}.py")))
     if module is train:
         one, two = ([entry["loss"] for entry in history(tmp_path / name)] for name in "12")
@@ -1652,10 +1647,10 @@ def largest_difference(out, alone):
 
 # In both the whole recipe is on: random crops, RandAugment, erasing, mixup and cutmix; drop-path is not.
 @process
-def test_reproducible_losses_of_two_processes_in_micro_batches_and_with_workers(pair, pictures, tmp_path, monkeypatch):
+def test_reproducible_losses_of_two_processes_in_micro_batches_and_with_workers(pair, pictures, out, monkeypatch):
     monkeypatch.setitem(train.MODELS, "nano", visiongru_nano)
-    assert train.main(arguments(pictures, tmp_path / "run")) == 0
-    assert largest_difference(pair, tmp_path / "run") < 1e-5
+    assert train.main(arguments(pictures, out)) == 0
+    assert largest_difference(pair, out) < 1e-5
 
 
 @pytest.mark.slow
@@ -1674,12 +1669,11 @@ def test_reproducible_losses_over_fifty_steps_in_all_27_shapes_of_the_machine(tm
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @both_scripts
 @process
-def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machine(either):
-    module, words, _ = either
+def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machine(module, words):
     seen, shapes = {}, [(p, a, 0) for p in (1, 2, 4) for a in (1, 2, 4)] + [(1, 1, 1), (1, 1, 4), (2, 1, 1), (1, 4, 4)]
     for count, accum, workers in shapes:
         more = "--batch-size", 32, "--grad-accum-steps", accum, "--workers", workers
-        args = module.parse_arguments(words("out", *more))
+        args = module.parse_arguments(words(*more))
         data, = module.open_data(args, ["train" if module is train else "training"])
         data.transform = train.train_transform(args) if module is train else segment.TrainTransform(args)
         augment = train.batch_augmentation(args, 3) if module is train else lambda images, masks, *_: (images, masks)
@@ -1708,16 +1702,14 @@ def begun(out, alone, step, **more):
 
 
 @both_scripts
-def test_disk_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(either, tmp_path, capsys):
-    module, words, alone = either
-    out = tmp_path / "run"
+def test_disk_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(module, words, alone, out, capsys):
     begun(out, alone, 2)
     before = (out / "last.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))  # in bytes, as with `ulimit -f`
     try:
         with pytest.raises(SystemExit, match="2"):
-            train.run_main(lambda: module.main(words(out, "--resume", "auto", "--save-every", 1)))
+            train.run_main(lambda: module.main(words("--resume", "auto", "--save-every", 1)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.search("^error: cannot write .*last.pt: File too large", capsys.readouterr().err, re.MULTILINE)
@@ -1891,9 +1883,9 @@ def test_images_that_can_be_read_can_be_trained_on_and_predicted(finished, segme
             assert transform(image).shape == (3, 32, 32)
         mask = torch.zeros(image.height, image.width, dtype=torch.uint8)
         assert segment.TrainTransform(seg_args)(image, mask)[0].shape == (3, 32, 32)
-    words = ["--predict", *refused, *paths, "--device", "cpu", "--weights"]
-    for act in (lambda: segment.main([*words, f"{segmented}/best.pt", "--out", str(out)]),
-                lambda: train.main([*words, f"{finished}/best.pt"])):
+    use = ["--device", "cpu", "--weights"]
+    for act in (lambda: segment.main(["--predict", *refused, *paths, *use, f"{segmented}/best.pt", "--out", str(out)]),
+                lambda: train.main(["--predict", *refused, *paths, *use, f"{finished}/best.pt"])):
         assert act() == 2
         printed, err = capsys.readouterr()
         assert all(f"cannot read the image {path}: " in err for path in refused)  # which keeps it not from the others
@@ -1902,9 +1894,8 @@ def test_images_that_can_be_read_can_be_trained_on_and_predicted(finished, segme
     for shares in (lines[i + 1:i + 4] for i in range(0, len(lines), 4)):
         assert {line.split("% ")[1].strip() for line in shares} == {"ant", "bee", "cat"}
         assert sum(float(line.split("%")[0]) for line in shares) == pytest.approx(100, abs=0.02)
-    assert segment.main(["--predict", *paths[:5], "--weights", f"{segmented}/best.pt", "--device", "cpu", "--out",
-                         str(out / "slide"), "--slide"]) == 0
-    assert "5 label maps" in capsys.readouterr().out
+    slide = [*use, f"{segmented}/best.pt", "--slide", "--out", f"{out}/slide"]
+    assert segment.main(["--predict", *paths[:5], *slide]) == 0 and "5 label maps" in capsys.readouterr().out
     for path in paths:
         picture, name = train.read_image(path), Path(path).stem
         with Image.open(out / f"{name}_labels.png") as labels, Image.open(out / f"{name}_overlay.png") as page:
@@ -2031,22 +2022,20 @@ def test_checkpoints_with_a_flipped_bit_are_refused_or_unharmed(tmp_path):
 
 # A run that cannot be lost: numbers -----------------------------------------------------------------------------------
 
-def chosen(values, *shape, dtype):
-    return torch.tensor(values, dtype=dtype)[torch.randint(len(values), shape)].requires_grad_()
-
-
 @each_scan
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_finite_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
+    def chosen(values, *shape):
+        return torch.tensor(values, dtype=dtype)[torch.randint(len(values), shape)].requires_grad_()
     gru = MinGRU(2, expansion=1, scan=scan)
     gru.in_proj = torch.nn.Identity()
     least, most = torch.finfo(dtype).tiny, min(torch.finfo(dtype).max, 1e30)
     for T, reverse in itertools.product((1, 64, 1009), (False, True)):
-        cases = [(gru, [chosen([-most, -90.0, -0.0, 0.0, 90.0, 6e4], 2, T, 4, dtype=dtype)])]
+        cases = [(gru, [chosen([-most, -90.0, -0.0, 0.0, 90.0, 6e4], 2, T, 4)])]
         # Gates closed, open, a mix of both, or as small as the type knows.
         for gates, b, with_h0 in itertools.product(([1.0], [0.0], [0.0, 1.0], [least]), (0.0, 100.0), (0, 1)):
-            inputs = [chosen(gates, 2, T, 3, dtype=dtype), chosen([b], 2, T, 3, dtype=dtype)]
-            cases.append((visiongru.SCANS[scan], inputs + with_h0 * [chosen([1.0], 2, 3, dtype=dtype)]))
+            inputs = [chosen(gates, 2, T, 3), chosen([b], 2, T, 3)] + with_h0 * [chosen([1.0], 2, 3)]
+            cases.append((visiongru.SCANS[scan], inputs))
         for function, inputs in cases:
             outputs = function(*inputs, reverse=reverse)
             outputs = outputs if function is gru else [outputs]
@@ -2068,20 +2057,20 @@ def test_resume_in_another_folder_in_fp16_skips_gradients_that_overflow(finished
 
 
 @both_scripts
-def test_finite_logits_or_no_class_is_named(either, pictures, tmp_path, monkeypatch, capsys):
-    module, words, alone = either
+def test_finite_logits_or_no_class_is_named(module, words, alone, pictures, tmp_path, monkeypatch, capsys):
     name, number = ("head.weight", 3e38) if module is train else ("decode_head.bottleneck.1.running_var", -1)
     checkpoint, bad = train.load_checkpoint(alone / "best.pt"), tmp_path / "bad.pt"
     for state in filter(None, (checkpoint["model"], checkpoint["ema"])):
         state[name].fill_(number)
     torch.save(checkpoint, bad)
-    with pytest.raises(train.UserError, match="the validation images: the model's output is not finite"):
-        module.main(["--eval", "--data", words("")[1], "--weights", str(bad), "--device", "cpu"])
+    use = ["--weights", str(bad), "--device", "cpu"]
+    assert_refused("the validation images: the model's output is not finite", module.main,
+                   ["--eval", *words()[:2], *use])
     images = [str(pictures / "val/ant" / f"{i}.png") for i in range(3)]
     read = train.read_image
     monkeypatch.setattr(train, "read_image", lambda path: bytes(2**62) if path == images[1] else read(path))
     more = ["--out", str(tmp_path)] if module is segment else []
-    assert module.main(["--predict", *images, "--weights", str(bad), "--device", "cpu", *more]) == 2
+    assert module.main(["--predict", *images, *use, *more]) == 2
     err = capsys.readouterr().err
     assert err.count("is not finite") == 2 and f"{images[1]}: out of memory" in err and not list(tmp_path.glob("*.png"))
 
@@ -2094,16 +2083,16 @@ def test_finite_logits_or_no_class_is_named(either, pictures, tmp_path, monkeypa
      "the loss is nan at step 1 of 12, learning rate"),
     (["--amp", "fp16", "--epochs", 8], lambda model: model.head.weight.register_hook(lambda grad: grad * math.nan),
      "its gradients are not finite at any scale, at step 36 of 48")])
-def test_finite_or_else_the_run_ends_and_nothing_is_saved(more, unsound, reason, pictures, tmp_path, monkeypatch):
+def test_finite_or_else_the_run_ends_and_nothing_is_saved(more, unsound, reason, pictures, out, monkeypatch):
     def make(**kw):
         model = micro_model(**kw)
         unsound(model)
         return model
     monkeypatch.setitem(train.MODELS, "nano", make)
     with pytest.raises(train.UserError, match=f"{reason}.*; .*last.pt is unchanged") as error:
-        train.main(arguments(pictures, tmp_path / "run", "--save-every", 1, *more))
+        train.main(arguments(pictures, out, "--save-every", 1, *more))
     step = int(re.search(r"step (\d+)", str(error.value))[1])
-    last = tmp_path / "run" / "last.pt"
+    last = out / "last.pt"
     saved = train.load_checkpoint(last) if last.exists() else {"step": 0, "model": {}}
     assert saved["step"] == step - 1 and all(value.isfinite().all() for value in saved["model"].values())
 
@@ -2146,11 +2135,10 @@ def command_line(module, chance):
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("either", ["train", "segment"], indirect=True)
+@both_scripts
 @process
 def test_options_any_command_line_ends_with_0_or_2_and_never_a_traceback(
-        either, count, pictures, streets, tmp_path, monkeypatch, capsys):
-    module, *_ = either
+        module, count, pictures, streets, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for kind in train.Shapes, segment.Scenes:
         monkeypatch.setattr(kind, "__len__", lambda self: 32)
