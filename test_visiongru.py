@@ -29,7 +29,6 @@ minute what needs no other process or compiler. What the two scripts promise, an
 import contextlib
 import copy
 import functools
-import io
 import itertools
 import json
 import math
@@ -370,7 +369,7 @@ def test_sizes_that_make_no_sense_are_refused_by_name(make, arguments, message):
             make(**given)
 
 
-def test_stochastic_depth_grows_with_depth_and_activation_checkpointing_changes_memory_and_nothing_else():
+def test_stochastic_depth_grows_with_depth_and_activation_checkpointing_changes_memory_alone():
     x, state = torch.randn(4, 3, 64, 64), VisionGRU(5, **MICRO).state_dict()
     results, kept = [], []
     for grad_checkpointing in (False, True):
@@ -402,7 +401,7 @@ def exported(model, x, sides=None):
 
 
 @process
-def test_an_exported_scan_is_the_loop_at_every_length_in_its_range_and_without_a_range_is_refused():
+def test_an_exported_scan_is_the_loop_at_any_length_in_its_range_and_needs_a_range():
     class Scans(torch.nn.Module):
         def forward(self, a, b, h0, scan=scan_parallel):
             return [scan(a, b, start, reverse) for start in (None, h0) for reverse in (False, True)]
@@ -523,7 +522,7 @@ def test_weights_load_with_any_prefix(names, prefix, tmp_path):
 
 
 @pytest.mark.parametrize("better", ["model", "ema"])
-def test_of_a_checkpoint_the_better_of_model_and_ema_is_loaded_and_of_an_averaged_model_its_state(better):
+def test_of_a_checkpoint_the_better_of_model_and_ema_loads_and_of_an_averaged_model_its_state(better):
     averaged, model = torch.optim.swa_utils.AveragedModel(VisionGRU(5, **MICRO)), VisionGRU(5, **MICRO)
     states = {"model": VisionGRU(5, **MICRO).state_dict(), "ema": averaged.module.state_dict()}
     for source, expected in (({**states, "better": better, "epoch": 3}, better), (states, "ema"),
@@ -547,7 +546,7 @@ def test_a_head_of_another_class_count_or_of_none_is_left_alone_with_one_message
     assert len(caught) == 1 and same(model, expected)
 
 
-def test_what_does_not_fit_and_files_that_hold_no_weights_are_errors_that_name_it_and_change_nothing(tmp_path):
+def test_what_does_not_fit_and_files_that_hold_no_weights_are_named_and_change_nothing(tmp_path):
     model, state = VisionGRU(5, **MICRO), state_of(VisionGRU(5, **SMALL)) | {"extra.weight": torch.zeros(1)}
     before = state_of(model)
     with pytest.raises(ValueError, match=r"fit this VisionGRU\n *missing: stages.2.1(.|\n)* and \d+ more$") as error:
@@ -585,7 +584,7 @@ def test_upernets_decoder_computes_what_its_docstring_says():
     torch.testing.assert_close(head([m1, m2, m3, m4]), head.conv_seg(head.fpn_bottleneck(torch.cat(finest, 1))))
 
 
-def test_a_decoder_for_other_classes_is_left_alone_with_a_message_for_each_head_and_none_is_an_error():
+def test_a_decoder_for_other_classes_is_left_alone_with_two_messages_and_none_is_an_error():
     classifier, source, model = VisionGRU(9, **MICRO), micro_upernet(5), micro_upernet(3)
     assert same(load_weights(micro_upernet().backbone, classifier.state_dict()), classifier.state_dict())
     assert_refused(r"no decoder; for the backbone alone: load_weights\(model.backbone", load_weights, model,
@@ -764,7 +763,7 @@ def crops(mask, factor, count, *more):
         yield *transform(v2.functional.to_pil_image(mask[None].expand(3, -1, -1) * factor), mask), len(tries)
 
 
-def test_of_ten_crops_the_first_without_a_class_of_more_than_75_percent_is_taken_and_flipped_with_its_mask():
+def test_of_ten_crops_the_first_without_a_class_of_more_than_75_percent_is_taken_and_flipped():
     fits, mask = [], torch.zeros(32, 120, dtype=torch.uint8)
     mask[:, 100:] = 1  # a crop must begin at 76 or further right to have at least a quarter of each
     for x, y, tries in crops(mask, 200, 60, "--hflip", 1):
@@ -1026,8 +1025,7 @@ train.MODELS.update(dict.fromkeys(train.MODELS, micro_model))
 
 @both_scripts
 @process
-def test_a_run_learns_tells_its_progress_and_leaves_a_log_checkpoints_and_a_command_to_evaluate_it(
-        module, words, out, monkeypatch, capsys):
+def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, out, monkeypatch, capsys):
     clock = itertools.count(0, 25)  # seconds from one look to the next
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
     steps, gently, classes, keys = {
@@ -1072,10 +1070,9 @@ def test_fine_tuning_in_mixed_precision_starts_from_a_classifiers_weights(
 
 
 @process
-def test_distributed_validation_of_an_odd_number_of_images_is_that_of_one_process(
-        streets, tmp_path, monkeypatch, capsys):
+def test_distributed_validation_of_an_odd_number_of_images_is_that_of_one_process(streets, out, monkeypatch, capsys):
     monkeypatch.setitem(train.MODELS, "nano", visiongru_nano)
-    out, more = tmp_path / "run", ("--batch-size", 8, "--grad-accum-steps", 2, "--slide", "--lr", 0.01)
+    more = "--batch-size", 8, "--grad-accum-steps", 2, "--slide", "--lr", 0.01
     printed = end_of(started(torchrun(2, *seg_arguments(streets, out, *more), name="segment.py")))
     assert printed.count("step      3/6") == 1 and train.load_checkpoint(out / "last.pt")["step"] == 6
     words = ["--eval", "--slide", "--weights", str(out / "last.pt"), "--data", str(streets), "--device", "cpu"]
@@ -1095,7 +1092,7 @@ def test_a_line_per_epoch_tells_an_accelerators_memory_and_the_share_of_its_arit
     assert train.accelerator_usage(run) == {"GiB": 1.5, "MFU": pytest.approx(share, rel=0.01)}
 
 
-# The user's mistakes --------------------------------------------------------------------------------------------------
+# -k options: the user's mistakes --------------------------------------------------------------------------------------
 
 def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_leave_out(tmp_path, capsys):
     root = picture_folder(tmp_path, dict(a=2, b=1), dict(a=1, b=1)) / "train"
@@ -1121,11 +1118,11 @@ def test_options_that_let_a_run_learn_little_and_a_kept_classifier_are_noted(pic
     torch.save({"model": micro_model(num_classes=3).state_dict(), "config": config}, weights)
     more = "--batch-size", 64, "--epochs", 1, "--weights", weights
     assert train.main(arguments(pictures, out, *more)) == 0
-    for note, start in zip(capsys.readouterr().out.splitlines(), [
-            "note: an epoch is one step, which has each of the 51 training images 1.3 times: a lower --batch-size",
-            f"{weights}: its classifier, for as many other classes ('fly' where the data has 'bee'), is kept",
-            "note: --lr is 1.00e-03, and no step of this run of 1 has more than 0.00e+00: a shorter warm-up"]):
-        assert note.startswith(start)
+    notes = [
+        "note: an epoch is one step, which has each of the 51 training images 1.3 times: a lower --batch-size",
+        f"{weights}: its classifier, for as many other classes ('fly' where the data has 'bee'), is kept",
+        "note: --lr is 1.00e-03, and no step of this run of 1 has more than 0.00e+00: a shorter warm-up"]
+    assert all(map(str.startswith, capsys.readouterr().out.splitlines(), notes))
 
 
 def test_names_of_files_and_classes_are_escaped_for_the_terminal_and_quoted_for_the_shell(tmp_path, capsys):
@@ -1199,87 +1196,41 @@ def test_options_that_make_no_sense_are_refused(module, more, message, words, ou
     assert not out.exists()
 
 
-def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one(finished, pictures, tmp_path):
-    for name, *auto in ("last.pt",), ("best.pt", ("--resume", "auto")), ("log.jsonl", ("--resume", "auto")):
-        out = tmp_path / name / "run"
-        out.mkdir(parents=True)
-        (out / name).write_text("dear")
-        for resume in (), ("--resume", finished / "last.pt"), *auto:
-            assert_refused(f"{name} already exists: continue from its last.pt with --resume auto or choose another",
-                           train.main, arguments(pictures, out, *resume))
-        assert (out / name).read_text() == "dear" and len(list(out.iterdir())) == 1
+@pytest.mark.parametrize("variables, message", [
+    ({"WORLD_SIZE": "2"}, "cannot join the other processes: .* RANK expected, but not set; start with torchrun, or"),
+    ({"RANK": "1"}, "cannot join .* WORLD_SIZE expected"), ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR expected"),
+    ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two'; expected a number"),
+    ({"LOCAL_WORLD_SIZE": "-1"}, "the environment variable LOCAL_WORLD_SIZE is '-1'")])
+def test_environments_that_torchrun_has_not_set_up_are_refused(variables, message, pictures, out, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    words = "--data", str(pictures), "--out", str(out), "--device", "cpu", "--batch-size", "2"
+    assert_refused(message, train.main, words)
 
 
-def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_is_killed(pictures, tmp_path):
-    out = tmp_path / "new" / "run"
-    ready, say = os.pipe()
-    if not (first := os.fork()):
-        with train.locked_folder(out):
-            os.write(say, b"locked")
-            signal.pause()
-    os.read(ready, 6)
-    for resume in ((), ("--resume", "auto")):
-        assert_refused(rf"--out {out}: another run \(process {first} on .*\) uses this",
-                       train.main, arguments(pictures, out, *resume))
-    os.kill(first, signal.SIGKILL)
-    os.waitpid(first, 0)
-    assert_refused("--data", train.main, arguments(tmp_path / "absent", out))
-    assert not list(out.iterdir())
+@pytest.mark.parametrize("error, advice", [
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n 1\nRuntimeError: unable "
+                  "to allocate shared memory(shm) for </torch_1_2_3>: No space left on device (28)"), "--shm-size=8g"),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  "are out of shared memory."), "--shm-size=8g"),
+    (OSError(24, "Too many open files"), "ulimit -n 4096"), (MemoryError(), "MemoryError: out of memory?"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "take --no-compile"),
+    (PermissionError(13, "Permission denied", "/a"), "Permission denied: '/a'\n")])
+def test_environments_that_lack_something_are_named_in_one_line_with_a_way_out(error, advice, capsys):
+    assert train.report_error(error) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and advice in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("name, harm, message", [
-    ("best.pt", lambda path, other: path.write_text("<html>"), "use the checkpoint .*best.pt: .* damaged; mend .*best"),
-    ("best.pt", lambda path, other: path.symlink_to("/absent/b.pt"), "open the checkpoint /absent/b.pt: .*; mend .*t"),
-    ("best.pt", lambda path, other: shutil.copy(other, path), "best.pt was trained on other classes"),
-    ("last.pt", lambda path, other: path.symlink_to("/absent/l.pt"), "cannot open the checkpoint /absent/l.pt: No "),
-], ids=["damaged", "not mounted", "another run's", "last.pt not mounted"])
-def test_resume_knows_what_best_pt_holds_and_takes_no_link_for_a_new_run(
-        name, harm, message, finished, segmented, pictures, tmp_path):
-    shutil.copytree(finished, out := tmp_path / "run")
-    (out / name).unlink()
-    harm(out / name, segmented / "best.pt")
-
-    def found():
-        return {path: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in out.iterdir()}
-    before = found()
-    assert_refused(message, train.main, arguments(pictures, out, "--resume", "auto"))
-    assert found() == before
+def test_environments_with_too_few_file_descriptors_are_refused_before_they_hang():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    train.make_loader(range(9), 2, train.Distributed())
+    assert_refused(r"--workers 999999: they need \d+ open files and the limit is \d+", train.make_loader, range(9),
+                   999_999, train.Distributed())
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
 
 
-def test_resume_without_best_pt_validates_again_to_write_another(finished, pictures, tmp_path, capsys):
-    shutil.copytree(finished, out := tmp_path / "run")
-    (out / "best.pt").unlink()
-    assert train.main(arguments(pictures, out, "--resume", "auto")) == 0
-    assert comparable(history(out)) == comparable(history(finished))
-    best, score = train.load_checkpoint(out / "best.pt"), max(history(out)[-1][key] for key in ("top1", "ema_top1"))
-    assert best["best"] == score and f"has top-1 {score:.2f} %" in capsys.readouterr().out
-
-
-@both_scripts
-def test_resume_with_other_files_of_the_same_names_is_refused_and_with_the_same_elsewhere_is_not(
-        module, words, alone, out, pictures, streets, tmp_path):
-    data, kind, names = {train: (pictures, "training", "train/ant/*"),
-                         segment: (streets, "validation", "annotations/validation/*")}[module]
-    shutil.copytree(data, copy := tmp_path / "data")
-    shutil.copytree(alone, out)
-    words = words("--resume", "auto", "--data", copy)
-    assert module.main(words) == 0
-    first, second, *_ = copy.glob(names)
-    first.rename(tmp_path / "first"), second.rename(first), (tmp_path / "first").rename(second)
-    assert_refused(f"contents-of-{kind}-files was [0-9a-f]+ and is now", module.main, words)
-
-
-def test_resume_with_more_epochs_takes_the_rates_of_the_new_schedule_from_the_first_step_on(
-        finished, pictures, tmp_path, monkeypatch):
-    rates, train_step = {}, train.train_step
-    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
-        rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), train_step(run, *rest)))
-    shutil.copytree(finished, out := tmp_path / "run")
-    assert train.main(arguments(pictures, out, "--epochs", 3, "--resume", "auto")) == 0
-    assert rates == {step: 1e-3 * train.warmup_cosine(step, 18, 3) for step in range(12, 18)}
-
-
-# A run that cannot be lost: crashes and signals -----------------------------------------------------------------------
+# -k "resume or signals or pipes": a run that is killed, stopped or cut off --------------------------------------------
 
 def wait_for(found, process):
     """What found() is once it is true."""
@@ -1351,6 +1302,14 @@ def assert_same_end(out, alone):
         assert comparable(read(out / name)) == comparable(read(alone / name)), name
 
 
+def begun(out, alone, step, **more):
+    """Leaves in the folder `out` a last.pt of the run in `alone` after so many steps, before the first validation."""
+    last = train.load_checkpoint(alone / "last.pt") | {"validated": 0, "log": [], **more}
+    last["scheduler"]["last_epoch"] = step
+    out.mkdir()
+    torch.save(last, out / "last.pt")
+
+
 @pytest.mark.parametrize("module, moments", [(train, [2, "SIGINT", "writing"]), (segment, [1, "SIGHUP"])])
 @process
 def test_resume_after_kills_and_signals_anywhere_ends_with_the_same_bits(module, moments, words, alone, out):
@@ -1370,6 +1329,97 @@ def test_resume_after_twenty_kills_on_the_built_in_set(main, words, tmp_path):
     moments = ["writing" if i % 3 == 0 else chance.choice(["start", 1, 2, 3, 4]) for i in range(20)]
     crash(main, [*words, str(run)], run, moments)
     assert_same_end(run, alone)
+
+
+def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one(finished, pictures, tmp_path):
+    for name, *auto in ("last.pt",), ("best.pt", ("--resume", "auto")), ("log.jsonl", ("--resume", "auto")):
+        out = tmp_path / name / "run"
+        out.mkdir(parents=True)
+        (out / name).write_text("dear")
+        for resume in (), ("--resume", finished / "last.pt"), *auto:
+            assert_refused(f"{name} already exists: continue from its last.pt with --resume auto or choose another",
+                           train.main, arguments(pictures, out, *resume))
+        assert (out / name).read_text() == "dear" and len(list(out.iterdir())) == 1
+
+
+def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_is_killed(pictures, tmp_path):
+    out = tmp_path / "new" / "run"
+    ready, say = os.pipe()
+    if not (first := os.fork()):
+        with train.locked_folder(out):
+            os.write(say, b"locked")
+            signal.pause()
+    os.read(ready, 6)
+    for resume in ((), ("--resume", "auto")):
+        assert_refused(rf"--out {out}: another run \(process {first} on .*\) uses this",
+                       train.main, arguments(pictures, out, *resume))
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert_refused("--data", train.main, arguments(tmp_path / "absent", out))
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("name, harm, message", [
+    ("best.pt", lambda path, other: path.write_text("<html>"), "use the checkpoint .*best.pt: .* damaged; mend .*best"),
+    ("best.pt", lambda path, other: path.symlink_to("/absent/b.pt"), "open the checkpoint /absent/b.pt: .*; mend .*t"),
+    ("best.pt", lambda path, other: shutil.copy(other, path), "best.pt was trained on other classes"),
+    ("last.pt", lambda path, other: path.symlink_to("/absent/l.pt"), "cannot open the checkpoint /absent/l.pt: No "),
+], ids=["damaged", "not mounted", "another run's", "last.pt not mounted"])
+def test_resume_knows_what_best_pt_holds_and_where_a_link_leads(
+        name, harm, message, finished, segmented, pictures, out):
+    shutil.copytree(finished, out)
+    (out / name).unlink()
+    harm(out / name, segmented / "best.pt")
+
+    def found():
+        return {path: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in out.iterdir()}
+    before = found()
+    assert_refused(message, train.main, arguments(pictures, out, "--resume", "auto"))
+    assert found() == before
+
+
+def test_resume_without_best_pt_validates_again_to_write_another(finished, pictures, out, capsys):
+    shutil.copytree(finished, out)
+    (out / "best.pt").unlink()
+    assert train.main(arguments(pictures, out, "--resume", "auto")) == 0
+    assert comparable(history(out)) == comparable(history(finished))
+    best, score = train.load_checkpoint(out / "best.pt"), max(history(out)[-1][key] for key in ("top1", "ema_top1"))
+    assert best["best"] == score and f"has top-1 {score:.2f} %" in capsys.readouterr().out
+
+
+@both_scripts
+def test_resume_with_other_files_of_the_same_names_is_refused(module, words, alone, out, pictures, streets, tmp_path):
+    data, kind, names = {train: (pictures, "training", "train/ant/*"),
+                         segment: (streets, "validation", "annotations/validation/*")}[module]
+    shutil.copytree(data, copy := tmp_path / "data")
+    shutil.copytree(alone, out)
+    words = words("--resume", "auto", "--data", copy)
+    assert module.main(words) == 0  # the same files elsewhere
+    first, second, *_ = copy.glob(names)
+    first.rename(tmp_path / "first"), second.rename(first), (tmp_path / "first").rename(second)
+    assert_refused(f"contents-of-{kind}-files was [0-9a-f]+ and is now", module.main, words)
+
+
+def test_resume_with_more_epochs_takes_the_rates_of_the_new_schedule(finished, pictures, out, monkeypatch):
+    rates, train_step = {}, train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
+        rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), train_step(run, *rest)))
+    shutil.copytree(finished, out)
+    assert train.main(arguments(pictures, out, "--epochs", 3, "--resume", "auto")) == 0
+    assert rates == {step: 1e-3 * train.warmup_cosine(step, 18, 3) for step in range(12, 18)}
+
+
+@process
+def test_resume_in_another_folder_in_fp16_skips_gradients_that_overflow(finished, pictures, tmp_path):
+    begun(tmp_path / "from", finished, 0, scaler={"scale": 2.0**30, "growth_factor": 2.0, "backoff_factor": 0.5,
+                                                   "growth_interval": 2000, "_growth_tracker": 0})
+    assert train.main(arguments(pictures, tmp_path / "to", "--amp", "fp16", "--epochs", 4,
+                                "--resume", tmp_path / "from" / "last.pt")) == 0
+    before, after = (train.load_checkpoint(tmp_path / name / "last.pt") for name in ("from", "to"))
+    assert 2.0**8 < after["scaler"]["scale"] < 2.0**28  # some steps were skipped, and others not
+    assert not torch.equal(after["model"]["head.weight"], before["model"]["head.weight"])
+    assert all(value.isfinite().all() for value in [*after["model"].values(), *after["ema"].values()])
+    assert len(history(tmp_path / "to")) == 4 and (tmp_path / "to" / "best.pt").exists()
 
 
 @both_scripts
@@ -1449,7 +1499,7 @@ def test_signals_given_twice_stop_at_once(workers, pictures, out):
     assert process.exitcode == 130
 
 
-# A run that cannot be lost: several processes and hosts ---------------------------------------------------------------
+# -k distributed: several processes and hosts --------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def pair(pictures, tmp_path_factory):
@@ -1470,8 +1520,8 @@ def ranks(launcher):
 
 
 @process
-def test_distributed_a_dead_rank_is_started_again_and_the_run_ends_as_if_undisturbed(pair, pictures, tmp_path):
-    out, steps, dead = tmp_path / "run", [], set()
+def test_distributed_a_dead_rank_is_started_again_and_the_run_ends_as_if_undisturbed(pair, pictures, out):
+    steps, dead = [], set()
     words = arguments(pictures, out, "--grad-accum-steps", 2, "--save-every", 1, "--resume", "auto")
     process = started(torchrun(2, *words, options=("--standalone", "--max-restarts=3")))
     for rank in (1, 0):
@@ -1485,16 +1535,6 @@ def test_distributed_a_dead_rank_is_started_again_and_the_run_ends_as_if_undistu
     assert_same_end(out, pair)
 
 
-def test_a_legend_tells_classes_apart_whose_names_the_font_lacks(monkeypatch):
-    labels = Image.new("P", (90, 60), 1)
-    labels.paste(2, (0, 0, 40, 60))
-    labels.putpalette(segment.palette(1))
-    texts = []
-    monkeypatch.setattr(segment.ImageDraw.ImageDraw, "text", lambda self, place, text, *rest, **kw: texts.append(text))
-    segment.overlay(Image.new("RGB", labels.size), labels, {1: "\u4eba", 2: "\u8def"})
-    assert texts == ["1: \u4eba 55.6 %", "2: \u8def 44.4 %"]
-
-
 @process
 def test_distributed_an_error_is_one_line_whether_one_process_meets_it_or_all(pictures, out, tmp_path):
     shutil.copytree(pictures, data := tmp_path / "data")
@@ -1504,40 +1544,6 @@ def test_distributed_an_error_is_one_line_whether_one_process_meets_it_or_all(pi
     for process, message in (one, "error: cannot read the image"), (both, "error: --data"):
         _, err = process.communicate(timeout=100)
         assert process.returncode == 1 and err.count(message) == 1 and "train.py\", line" not in err
-
-
-@pytest.mark.parametrize("variables, message", [
-    ({"WORLD_SIZE": "2"}, "cannot join the other processes: .* RANK expected, but not set; start with torchrun, or"),
-    ({"RANK": "1"}, "cannot join .* WORLD_SIZE expected"), ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR expected"),
-    ({"WORLD_SIZE": "two"}, "the environment variable WORLD_SIZE is 'two'; expected a number"),
-    ({"LOCAL_WORLD_SIZE": "-1"}, "the environment variable LOCAL_WORLD_SIZE is '-1'")])
-def test_environments_that_torchrun_has_not_set_up_are_refused(variables, message, pictures, out, monkeypatch):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    words = "--data", str(pictures), "--out", str(out), "--device", "cpu", "--batch-size", "2"
-    assert_refused(message, train.main, words)
-
-
-@pytest.mark.parametrize("error, advice", [
-    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\n 1\nRuntimeError: unable "
-                  "to allocate shared memory(shm) for </torch_1_2_3>: No space left on device (28)"), "--shm-size=8g"),
-    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that dataloader's workers "
-                  "are out of shared memory."), "--shm-size=8g"),
-    (OSError(24, "Too many open files"), "ulimit -n 4096"), (MemoryError(), "MemoryError: out of memory?"),
-    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "take --no-compile"),
-    (PermissionError(13, "Permission denied", "/a"), "Permission denied: '/a'\n")])
-def test_environments_that_lack_something_are_named_in_one_line_with_a_way_out(error, advice, capsys):
-    assert train.report_error(error) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and advice in message and message.count("\n") == 1
-
-
-def test_environments_with_too_few_file_descriptors_are_refused_before_they_hang():
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    train.make_loader(range(9), 2, train.Distributed())
-    assert_refused(r"--workers 999999: they need \d+ open files and the limit is \d+", train.make_loader, range(9),
-                   999_999, train.Distributed())
-    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
 
 
 def test_distributed_processes_that_read_different_checkpoints_are_refused(finished, pictures):
@@ -1580,7 +1586,7 @@ def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, out, 
         torch.testing.assert_close(ours[kind], theirs[kind], rtol=0, atol=1e-5)
 
 
-# On CUDA --------------------------------------------------------------------------------------------------------------
+# -k cuda --------------------------------------------------------------------------------------------------------------
 
 def cuda(devices):
     return pytest.mark.skipif(torch.cuda.device_count() < devices, reason=f"needs CUDA devices: {devices}")
@@ -1607,7 +1613,7 @@ def test_cuda_a_mingru_in_bf16_is_as_near_to_float64_as_on_a_cpu(compiled, with_
 @cuda(1)
 @both_scripts
 @process
-def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_its_checkpoint_evaluates_there(
+def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_evaluates_there(
         module, words, tmp_path, monkeypatch, capsys, device="cuda"):
     monkeypatch.setitem(train.MODELS, "nano", visiongru_nano)
     same_images = ("--drop-path", 0) if module is segment else ("--drop-path", 0, "--reprob", 0)
@@ -1636,7 +1642,7 @@ def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(m
             torch.testing.assert_close(two[name], one[name], rtol=0.01, atol=1e-4)
 
 
-# A run that cannot be lost: the same result whatever the shape of the machine -----------------------------------------
+# -k reproducible: the same result in any shape of the machine ---------------------------------------------------------
 
 def largest_difference(out, alone):
     """Of the losses of two runs, whose rates and scores are the same."""
@@ -1691,14 +1697,7 @@ def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machi
     assert all(items == seen[1, 1, 0] for items in seen.values())
 
 
-# A run that cannot be lost: disk trouble ------------------------------------------------------------------------------
-
-def begun(out, alone, step, **more):
-    """Leaves in the folder `out` a last.pt of the run in `alone` after so many steps, before the first validation."""
-    last = train.load_checkpoint(alone / "last.pt") | {"validated": 0, "log": [], **more}
-    last["scheduler"]["last_epoch"] = step
-    out.mkdir()
-    torch.save(last, out / "last.pt")
+# -k disk --------------------------------------------------------------------------------------------------------------
 
 
 @both_scripts
@@ -1750,7 +1749,7 @@ def test_disk_a_folder_that_cannot_be_written_to_is_found_before_training(segmen
     assert not list((tmp_path / "sealed").iterdir())
 
 
-# A run that cannot be lost: hostile and broken files ------------------------------------------------------------------
+# -k "images or checkpoints": hostile and broken files -----------------------------------------------------------------
 
 def grey_ramp(mode):
     """0, 1/4, 1/2 and 3/4 of white, a column each, and white, in 16 bits."""
@@ -1779,9 +1778,7 @@ def exif(orientation):
 
 
 def jpeg(**options):
-    file = io.BytesIO()
-    two_colours("RGB").save(file, "JPEG", quality=95, **options)
-    return file.getvalue()
+    return bytes(train.encoded(two_colours("RGB").save, format="JPEG", quality=95, **options))
 
 
 def header(width, height, bits=8, kind=2, rows=b""):
@@ -1852,10 +1849,7 @@ IMAGES = {
 
 def write_image(name, folder):
     content, options, *_ = IMAGES[name]
-    if options is None:
-        (folder / name).write_bytes(content)
-    else:
-        content.save(folder / name, **options)
+    (folder / name).write_bytes(content) if options is None else content.save(folder / name, **options)
     return folder / name
 
 
@@ -1863,9 +1857,8 @@ def write_image(name, folder):
 def test_images_are_read_as_a_person_sees_them_or_refused_with_path_and_reason(name, tmp_path):
     path, (_, _, expected, pixels) = write_image(name, tmp_path), IMAGES[name]
     if isinstance(expected, str):
-        with pytest.raises(train.UserError, match=f"^cannot read the image {re.escape(str(path))}: .*({expected})"):
-            train.read_image(path)
-        return
+        message = f"^cannot read the image {re.escape(str(path))}: .*({expected})"
+        return assert_refused(message, train.read_image, path)
     image = train.read_image(path)
     assert image.mode == "RGB" and image.size == expected
     for place, colour in pixels.items():
@@ -1908,6 +1901,16 @@ def test_images_that_can_be_read_can_be_trained_on_and_predicted(finished, segme
             assert page.crop((0, 0, *picture.size)).tobytes() == half.tobytes()
             legend = {colour for _, colour in page.crop((0, picture.height, *page.size)).getcolors(10**6)}
             assert {label for label in (1, 2, 3) if colours[label] in legend} == occurring
+
+
+def test_a_legend_tells_classes_apart_whose_names_the_font_lacks(monkeypatch):
+    labels = Image.new("P", (90, 60), 1)
+    labels.paste(2, (0, 0, 40, 60))
+    labels.putpalette(segment.palette(1))
+    texts = []
+    monkeypatch.setattr(segment.ImageDraw.ImageDraw, "text", lambda self, place, text, *rest, **kw: texts.append(text))
+    segment.overlay(Image.new("RGB", labels.size), labels, {1: "\u4eba", 2: "\u8def"})
+    assert texts == ["1: \u4eba 55.6 %", "2: \u8def 44.4 %"]
 
 
 class Trap:
@@ -1981,10 +1984,7 @@ CHECKPOINTS = {
 
 
 def saved(thing, **how):
-    """As bytes."""
-    file = io.BytesIO()
-    torch.save(thing, file, **how)
-    return file.getvalue()
+    return bytes(train.encoded(functools.partial(torch.save, thing), **how))
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
@@ -1998,11 +1998,10 @@ def test_checkpoints_are_used_or_refused_with_path_and_reason(kind, finished, pi
             arguments(pictures, "begun", "--weights", "bad.pt", "--lr", 0, "--epochs", 1),
             ["--predict", str(pictures / "val/ant/0.png"), "--weights", "bad.pt", *model, "--device", "cpu"])
     for words, reason in zip(uses, reasons):
-        if reason is None:
-            assert train.main(words) == 0
+        if reason:
+            assert_refused(f"bad.pt(.|\n)*{reason}", train.main, words)
         else:
-            with pytest.raises(train.UserError, match=f"bad.pt(.|\n)*{reason}"):
-                train.main(words)
+            assert train.main(words) == 0
     assert not Path("trap").exists()
 
 
@@ -2020,7 +2019,7 @@ def test_checkpoints_with_a_flipped_bit_are_refused_or_unharmed(tmp_path):
     assert found > 250
 
 
-# A run that cannot be lost: numbers -----------------------------------------------------------------------------------
+# -k finite ------------------------------------------------------------------------------------------------------------
 
 @each_scan
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -2041,19 +2040,6 @@ def test_finite_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
             outputs = outputs if function is gru else [outputs]
             grads = torch.autograd.grad(sum(t.float().mean() for t in outputs), inputs)
             assert not any(t.isnan().any() for t in (*outputs, *grads)), (T, reverse, inputs)
-
-
-@process
-def test_resume_in_another_folder_in_fp16_skips_gradients_that_overflow(finished, pictures, tmp_path):
-    begun(tmp_path / "from", finished, 0, scaler={"scale": 2.0**30, "growth_factor": 2.0, "backoff_factor": 0.5,
-                                                   "growth_interval": 2000, "_growth_tracker": 0})
-    assert train.main(arguments(pictures, tmp_path / "to", "--amp", "fp16", "--epochs", 4,
-                                "--resume", tmp_path / "from" / "last.pt")) == 0
-    before, after = (train.load_checkpoint(tmp_path / name / "last.pt") for name in ("from", "to"))
-    assert 2.0**8 < after["scaler"]["scale"] < 2.0**28  # some steps were skipped, and others not
-    assert not torch.equal(after["model"]["head.weight"], before["model"]["head.weight"])
-    assert all(value.isfinite().all() for value in [*after["model"].values(), *after["ema"].values()])
-    assert len(history(tmp_path / "to")) == 4 and (tmp_path / "to" / "best.pt").exists()
 
 
 @both_scripts
@@ -2097,7 +2083,7 @@ def test_finite_or_else_the_run_ends_and_nothing_is_saved(more, unsound, reason,
     assert saved["step"] == step - 1 and all(value.isfinite().all() for value in saved["model"].values())
 
 
-# A run that cannot be lost: any command line --------------------------------------------------------------------------
+# -k options: any command line -----------------------------------------------------------------------------------------
 
 NUMBERS = ["0", "0", "1", "0.5", "0.5", "-1", "2", "nan", "inf", "-inf", "1e-300", "1e300", "", "x", "1_0", "0x10",
            "10" * 20]
