@@ -79,6 +79,7 @@ def repeatable():
     yield
     for number, handler in HANDLERS:  # pytest's own, which a run of ours replaces
         signal.signal(number, handler)
+    train.kill_workers()  # and the processes of a test that failed
 
 
 def micro_upernet(num_classes=5, channels=8, aux_channels=4):
@@ -1147,8 +1148,6 @@ def test_images_that_cannot_be_read_stop_the_run_with_their_path(workers, out, t
 
 BACKBONE, TRAINED, SEGMENTED = "{finished}/best.pt", "--resume {finished}/last.pt", "--resume {segmented}/last.pt"
 KEEP_IT = ".*; keep it, or start a new run with --weights"
-
-
 FOLDERS = {  # by the names in the table below: how many pictures of each class there are to train on and to validate
     "two": (dict(ant=9, bee=9), dict(ant=1, bee=1)), "three": (dict(ant=9, bee=9, cat=9), dict(ant=1, bee=1, cat=1)),
     "none": ({}, {}), "no_b": (dict(a=4, b=0), dict(a=1, b=1)), "one": (dict(train=9), dict(train=9)),
@@ -1503,9 +1502,10 @@ def test_signals_given_twice_stop_at_once(workers, pictures, out):
 
 @pytest.fixture(scope="session")
 def pair(pictures, tmp_path_factory):
-    """A run of two processes on one host, left alone."""
+    """A run of two processes on one host, left alone; without drop-path, which depends on the number of processes."""
     out = tmp_path_factory.mktemp("pair") / "run"
-    printed = end_of(started(torchrun(2, *arguments(pictures, out, "--grad-accum-steps", 2, "--workers", 1))))
+    more = "--drop-path", 0, "--grad-accum-steps", 2, "--workers", 1
+    printed = end_of(started(torchrun(2, *arguments(pictures, out, *more))))
     assert printed.count("epoch   1/2") == 1 and "\r" not in printed  # one line an epoch, of one process; no bars
     return out
 
@@ -1522,8 +1522,8 @@ def ranks(launcher):
 @process
 def test_distributed_a_dead_rank_is_started_again_and_the_run_ends_as_if_undisturbed(pair, pictures, out):
     steps, dead = [], set()
-    words = arguments(pictures, out, "--grad-accum-steps", 2, "--save-every", 1, "--resume", "auto")
-    process = started(torchrun(2, *words, options=("--standalone", "--max-restarts=3")))
+    more = "--drop-path", 0, "--grad-accum-steps", 2, "--save-every", 1, "--resume", "auto"
+    process = started(torchrun(2, *arguments(pictures, out, *more), options=("--standalone", "--max-restarts=3")))
     for rank in (1, 0):
         wait_for(lambda: len({*ranks(process).values()} - dead) == 2, process)
         pids = ranks(process)
@@ -1572,7 +1572,7 @@ CABLE = shutil.which("unshare") and subprocess.run(
 def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, out, tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 first\n10.99.0.2 second\n")
     endpoint = f"--rdzv_endpoint={'first' if CABLE else 'localhost'}:29567"
-    command = torchrun(1, *arguments(pictures, out, "--resume", "auto"),
+    command = torchrun(1, *arguments(pictures, out, "--drop-path", 0, "--resume", "auto"),
                        options=("--nnodes=2", "--rdzv_backend=c10d", endpoint))
     if CABLE:
         lines = HOSTS.format(hosts=tmp_path / "hosts", command=shlex.join(map(str, command)),
@@ -1655,7 +1655,7 @@ def largest_difference(out, alone):
 @process
 def test_reproducible_losses_of_two_processes_in_micro_batches_and_with_workers(pair, pictures, out, monkeypatch):
     monkeypatch.setitem(train.MODELS, "nano", visiongru_nano)
-    assert train.main(arguments(pictures, out)) == 0
+    assert train.main(arguments(pictures, out, "--drop-path", 0)) == 0
     assert largest_difference(pair, out) < 1e-5
 
 
@@ -1664,9 +1664,9 @@ def test_reproducible_losses_over_fifty_steps_in_all_27_shapes_of_the_machine(tm
     data = picture_folder(tmp_path / "data", dict(ant=107, bee=107, cat=107), dict(ant=5, bee=4, cat=4))
     differences = []
     for count, accum, workers in itertools.product((1, 2, 4), (1, 2, 4), (0, 1, 4)):
-        words = arguments(data, out := tmp_path / f"{count}-{accum}-{workers}", "--grad-accum-steps", accum,
-                          "--workers", workers, "--batch-size", 32, "--epochs", 5)
-        end_of(started(torchrun(count, *words)))
+        more = "--grad-accum-steps", accum, "--workers", workers, "--batch-size", 32, "--epochs", 5, "--drop-path", 0
+        out = tmp_path / f"{count}-{accum}-{workers}"
+        end_of(started(torchrun(count, *arguments(data, out, *more))))
         differences.append(largest_difference(out, tmp_path / "1-1-0"))
     print(f"largest difference of a loss: {max(differences):.1e}")
     assert len(differences) == 27 and max(differences) < 1e-5
