@@ -153,10 +153,10 @@ def test_gradients_of_scan_and_mingru_are_as_accurate_as_the_loops(dtype, T, gat
         u = u.detach().requires_grad_()
         return torch.autograd.grad(function(u, reverse=reverse)[0], u, grad.to(u.dtype))[0].double()
     exact = gradient(loop, u.double())
+    errors = [gradient(function, u) - exact for function in (loop, scan, gru)]
     for half, norm in itertools.product((slice(0, 8), slice(8, 16)), (2, math.inf)):  # of the candidates, of the gates
-        of_loop, *others = (torch.linalg.vector_norm((gradient(function, u) - exact)[..., half], norm)
-                            / torch.linalg.vector_norm(exact[..., half], norm) for function in (loop, scan, gru))
-        assert max(others) < 2 * of_loop + 1e-6
+        of_loop, *others = (torch.linalg.vector_norm(error[..., half], norm) for error in errors)
+        assert max(others) < 2 * of_loop + 1e-6 * torch.linalg.vector_norm(exact[..., half], norm)
 
 
 # minGRU and 2DGRU -----------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_stochastic_depth_grows_with_depth_and_activation_checkpointing_changes_
 
 # Export and compile ---------------------------------------------------------------------------------------------------
 
-SIDES = {2: torch.export.Dim("height", min=33, max=1024), 3: torch.export.Dim("width", min=33, max=1024)}
+SIDES = {2: torch.export.Dim("height", min=33, max=256), 3: torch.export.Dim("width", min=33, max=256)}
 
 
 def exported(model, x, sides=None):
@@ -413,7 +413,7 @@ def test_an_exported_scan_is_the_loop_at_any_length_in_its_range_and_needs_a_ran
     def export(most):
         length = {1: torch.export.Dim("T", min=2, max=most)}
         return torch.export.export(Scans(), slow(40), dynamic_shapes=(length, length, None), strict=False).module()
-    for most, lengths in (70_000, (2, 63, 64, 65, 1009, 65_536, 70_000)), (10_000_000, (2, 1009)):
+    for most, lengths in (70_000, (2, 63, 64, 65, 1009, 70_000)), (10_000_000, (2, 1009)):
         program = export(most)
         for inputs in map(slow, lengths):
             torch.testing.assert_close(program(*inputs), Scans()(*inputs, scan_sequential))
@@ -872,7 +872,7 @@ def test_the_scripts_compile_parts_of_one_shape_once_and_validate_without(monkey
     compiled.load_state_dict(eager.state_dict())
     train.compile_parts(compiled, print)
     assert "13 parts" in capsys.readouterr().out
-    x, results = torch.randn(2, 3, 64, 64), []
+    x, results = torch.randn(2, 3, 32, 32), []
     for model in (eager, compiled):
         torch.manual_seed(1)  # the decoder's dropout
         logits, auxiliary = model(x)
@@ -1032,7 +1032,7 @@ def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, 
     steps, gently, classes, keys = {
         train: ([6, 12, 18, 24, 30, 36], "--epochs 6 --lr 4e-3 --mixup 0 --cutmix 0 --randaug 0 0 --reprob 0",
                 ["ant", "bee", "cat"], {"epoch", "top1", "top5", "ema_top1", "ema_top5"}),
-        segment: ([40, 80], "--iters 80 --eval-every 40 --lr 2e-3 --distort 0 --batch-size 8 --grad-accum-steps 2 "
+        segment: ([25, 50], "--iters 50 --eval-every 25 --lr 4e-3 --distort 0 --batch-size 8 --grad-accum-steps 2 "
                   "--save-every 7 --slide", ["red", "green", "blue"], {"miou", "mean_acc", "pixel_acc"})}[module]
     assert module.main(words("--drop-path", 0, *gently.split())) == 0
     printed, log, best = capsys.readouterr().out, history(out), train.load_checkpoint(out / "best.pt")
@@ -2029,7 +2029,7 @@ def test_finite_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
     gru = MinGRU(2, expansion=1, scan=scan)
     gru.in_proj = torch.nn.Identity()
     least, most = torch.finfo(dtype).tiny, min(torch.finfo(dtype).max, 1e30)
-    for T, reverse in itertools.product((1, 64, 1009), (False, True)):
+    for T, reverse in itertools.product((1, 64, 257), (False, True)):
         cases = [(gru, [chosen([-most, -90.0, -0.0, 0.0, 90.0, 6e4], 2, T, 4)])]
         # Gates closed, open, a mix of both, or as small as the type knows.
         for gates, b, with_h0 in itertools.product(([1.0], [0.0], [0.0, 1.0], [least]), (0.0, 100.0), (0, 1)):
