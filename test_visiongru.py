@@ -1317,17 +1317,16 @@ def test_resume_after_kills_and_signals_anywhere_ends_with_the_same_bits(module,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("main, words", [
-    (train.main, "--epochs 1 --batch-size 200 --save-every 1 --workers 1"),
-    (segment.main, "--iters 80 --eval-every 40 --warmup-iters 10 --batch-size 8 --save-every 1")])
-def test_resume_after_twenty_kills_on_the_built_in_set(main, words, tmp_path):
-    run, alone = tmp_path / "run", tmp_path / "alone"
+@pytest.mark.parametrize("module, words", [
+    (train, "--epochs 1 --batch-size 200 --save-every 1 --workers 1"),
+    (segment, "--iters 80 --eval-every 40 --warmup-iters 10 --batch-size 8 --save-every 1")])
+def test_resume_after_twenty_kills_on_the_built_in_set(module, words, out, tmp_path):
     words = [*words.split(), "--device", "cpu", "--out"]
-    assert main([*words, str(alone)]) == 0
+    assert module.main([*words, str(tmp_path / "alone")]) == 0
     chance = random.Random(1)
     moments = ["writing" if i % 3 == 0 else chance.choice(["start", 1, 2, 3, 4]) for i in range(20)]
-    crash(main, [*words, str(run)], run, moments)
-    assert_same_end(run, alone)
+    crash(module.main, [*words, str(out)], out, moments)
+    assert_same_end(out, tmp_path / "alone")
 
 
 def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one(finished, pictures, tmp_path):
@@ -1434,6 +1433,15 @@ def test_signals_during_validation_end_it_and_a_resumed_run_begins_with_it(modul
     monkeypatch.setattr(module, "eval_transform", plain)
     assert module.main(words("--resume", "auto")) == 0
     assert_same_end(out, alone)
+
+
+@both_scripts
+def test_signals_during_a_step_let_it_and_at_most_one_more_end_and_save(module, words, out, monkeypatch):
+    plain = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
+        run.step == 1 and signal.raise_signal(signal.SIGTERM), plain(run, *rest)))
+    assert module.main(words()) == 128 + signal.SIGTERM
+    assert train.load_checkpoint(out / "last.pt")["step"] in (2, 3)
 
 
 def children(process):
@@ -1696,7 +1704,6 @@ def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machi
 
 
 # -k disk --------------------------------------------------------------------------------------------------------------
-
 
 @both_scripts
 def test_disk_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(module, words, alone, out, capsys):
