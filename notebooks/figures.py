@@ -85,7 +85,7 @@ def gate_and_state(gate, candidate, state):
     draw(fig)
 
 
-def chunk_levels(levels, R, exact, keep):
+def chunk_levels(levels, R, exact):
     """`levels`: for each level its chunks' states from zero, and its true states; `exact`: the states by the loop."""
     T = len(exact)
     fig, axes = plt.subplots(len(levels), 2, figsize=(9, 1.6 * len(levels)), sharex=True, sharey=True, squeeze=False)
@@ -111,7 +111,7 @@ def chunk_levels(levels, R, exact, keep):
         ax.set_xlabel("position in the sequence")
     axes[0, 1].plot(range(T), exact, "o", color=RED, markersize=2.5)
     fig.get_layout_engine().set(hspace=0.1)
-    draw(fig, keep)
+    draw(fig)
 
 
 def mixing_matrices(matrices, scanned, multiplied, width):
@@ -247,7 +247,7 @@ def parameters_and_work(places, parts, counts, text):
     draw(fig)
 
 
-def multiply_adds(sizes, giga, without, paper, text, keep):
+def multiply_adds(sizes, giga, without, paper, text):
     """In G: `giga` for each (model, size); `without` projections, for each size; `paper`, by model and size."""
     fig, ax = plt.subplots(figsize=(9, 4.6))
     title(fig, text)
@@ -267,7 +267,7 @@ def multiply_adds(sizes, giga, without, paper, text, keep):
     ax.set_xticks([224, 320, 512, 640, 1024], [224, 320, 512, 640, 1024])
     ax.set_yticks([2, 5, 10, 20, 50, 100, 200, 500], [2, 5, 10, 20, 50, 100, 200, 500])
     ax.minorticks_off()
-    draw(fig, keep)
+    draw(fig)
 
 
 def kernels(counts, floor, text):
@@ -360,7 +360,7 @@ def segmented(scenes, classes, palette):
     draw(fig)
 
 
-def receptive_fields(fields, shares, keep):
+def receptive_fields(fields, shares):
     """`fields`: for each row's name a map per stage; `shares`: in % of the pixels, the part that holds 90 % of each."""
     fig, axes = plt.subplots(len(fields), 4, figsize=(9, 2.4 * len(fields)))
     for row, (name, of_stages) in enumerate(fields.items()):
@@ -372,7 +372,7 @@ def receptive_fields(fields, shares, keep):
                 ax.set_title(f"stage {stage + 1}", fontweight="bold")
         axes[row, 0].set_ylabel(name)
     title(fig, "The centre sees a streak along its row in stage 1 and much of the scene in stage 4")
-    draw(fig, keep)
+    draw(fig)
 
 
 def gate_maps(image, gates, channels):
@@ -461,7 +461,7 @@ def equals(curves, units, names, colours):
             ax.set(xscale="log", xticks=(3, 10, 30, 100), xticklabels=(3, 10, 30, 100))
     axes[0].set_ylabel("top-1, %")
     title(fig, "ResNet is ahead of VisionGRU, with three seeds each; the others, with one seed, are behind")
-    draw(fig, keep="4_what_the_recurrence_is_worth.png")
+    draw(fig)
 
 
 def variants(scores, differences):
