@@ -1,7 +1,7 @@
 """Train UPerNet on VisionGRU to segment images, on data laid out like ADE20K or on built-in drawn scenes.
 
     python segment.py                                                   the built-in scenes, minutes on a laptop
-    torchrun --nproc_per_node=8 segment.py --data ADEChallengeData2016 --backbone-weights tiny.pt
+    torchrun --nproc_per_node=8 segment.py --data ADEChallengeData2016 --backbone-weights tiny.pth
                                                                         the paper's recipe on eight GPUs
     python segment.py --eval --weights best.pt --data DIR               mean IoU of a checkpoint, and of each class
     python segment.py --predict street.jpg --weights best.pt --out DIR  label maps and overlays of images
