@@ -972,7 +972,8 @@ def forked(main, words):
 def run_forked(main, words, stdout, stderr):
     os.dup2(stdout.fileno(), 1), os.dup2(stderr.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for its background jobs,
+    train.STOP_SIGNALS[:] = signal.SIGINT, signal.SIGTERM, signal.SIGHUP  # and nohup the last of these
     multiprocessing.set_start_method(START_METHOD, force=True)  # of data-loading workers
     train.run_main(lambda: main(words))
 
