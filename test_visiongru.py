@@ -122,6 +122,17 @@ def test_scans_are_the_loop_at_every_length_and_in_reverse_the_loop_over_the_fli
         assert all(map(torch.equal, [t for t in inputs if t is not None], copies))  # nothing is written to them
 
 
+@each_way
+def test_scan_and_mingru_have_the_right_first_and_second_derivatives(with_h0, reverse):
+    gru = MinGRU(2, 2).double()
+    of_gru = [torch.randn(2, 7, 2, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)][:1 + with_h0]
+    cases = [(gru, [t.requires_grad_() for t in of_gru])]
+    cases += [(scan_parallel, [t for t in random_coefficients(T, with_h0) if t is not None]) for T in (1, 2, 5, 8)]
+    for function, inputs in cases:
+        assert torch.autograd.gradcheck(lambda *t: function(*t, reverse=reverse), inputs)
+        assert torch.autograd.gradgradcheck(lambda *t: function(*t, reverse=reverse), inputs)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @each_gate
 def test_float32_keeps_its_accuracy_over_65536_steps_and_log_space_does_not(gates, reverse):
@@ -137,7 +148,7 @@ def test_float32_keeps_its_accuracy_over_65536_steps_and_log_space_does_not(gate
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@each_gate
+@pytest.mark.parametrize("gates", [-8, -6, 0, 6, 8])
 @pytest.mark.parametrize("dtype, T", [(torch.float16, 64), (torch.bfloat16, 64), (torch.float32, 4096)])
 def test_gradients_of_scan_and_mingru_are_as_accurate_as_the_loops(dtype, T, gates, reverse):
     gru, loop = MinGRU(8, expansion=1), MinGRU(8, expansion=1, scan="sequential")
@@ -156,7 +167,8 @@ def test_gradients_of_scan_and_mingru_are_as_accurate_as_the_loops(dtype, T, gat
     errors = [gradient(function, u) - exact for function in (loop, scan, gru)]
     for half, norm in itertools.product((slice(0, 8), slice(8, 16)), (2, math.inf)):  # of the candidates, of the gates
         of_loop, *others = (torch.linalg.vector_norm(error[..., half], norm) for error in errors)
-        assert max(others) < 2 * of_loop + 1e-6 * torch.linalg.vector_norm(exact[..., half], norm)
+        rounding = 1e-6 * torch.linalg.vector_norm(exact[..., half], norm) if dtype == torch.float32 else 0
+        assert max(others) < 2 * of_loop + rounding
 
 
 # minGRU and 2DGRU -----------------------------------------------------------------------------------------------------
@@ -732,15 +744,16 @@ ADE20K = b"Idx\tRatio\tTrain\tVal\tName\n1\t0.16\t9\t1\twall\n2\t0.11\t8\t1\tbui
     (lambda root: (root / LABELS).write_bytes(header(4, 1, 2, 0, b"\0\x1b")), THREE, "a.png: PIL does not read .*L;2"),
     (lambda root: (root / LABELS).write_bytes(b"P5 4 1 3\n\0\1\2\3"), THREE, "a.png: PIL does not read .*ppm"),
     (lambda root: Image.new("F", (4, 2), 1.9).save(root / LABELS, "TIFF"), THREE, "a.png: PIL does not .*F;32F"),
-    (lambda root: Image.new("L", (16, 9)).save(root / LABELS, "TIFF", compression="jpeg"), THREE, "PIL does not read"),
+    (lambda root: Image.new("L", (16, 9)).save(root / LABELS, "TIFF", compression="jpeg"), THREE,
+     "a.png: PIL does not read this pixel format"),
     (lambda root: shutil.copy(root / IMAGE, root / "images/training/a.webp"), THREE, "a.jpg and .*a.webp differ"),
     (lambda root: Image.new("L", (5, 2)).save(root / IMAGE), THREE, "a.png is 4 x 2 pixels and .*a.jpg 5 x 2"),
     (files(), "", "how many classes are there"),
     (files(), "--num-classes 2", ["label 1", "label 2"]),
     (files(objectInfo150=ADE20K), "", ["wall", "building, edifice"]),
     (files(objectInfo150=ADE20K, classes=b"sky\nroad\n\ncar\n"), "", ["sky", "road", "car"]),
-    (files(classes=b"a\nb\nc"), "--num-classes 2", "classes.txt has 3 names, 3 of them distinct; expected 2 d"),
-    (files(classes=b"sky\nsky\n"), "", "classes.txt has 2 names, 1 of them distinct; expected 1 to 254 d"),
+    (files(classes=b"a\nb\nc"), "--num-classes 2", "classes.txt has 3 names, 3 of them distinct; expected 2 dis"),
+    (files(classes=b"sky\nsky\n"), "", "classes.txt has 2 names, 1 of them distinct; expected 1 to 254 dis"),
     (files(classes="\ufeffciel\n\u00e9tang\n".encode()), "", ["ciel", "\u00e9tang"]),  # by Windows' editor
     (files(classes=b"sky\xff"), "", "--data .*: expected .* text in UTF-8: 'utf-8' codec can't decode")])
 def test_labels_and_class_names_are_read_by_the_rule_asked_for_or_the_fault_is_named(change, words, expected, tmp_path):
@@ -1358,8 +1371,10 @@ def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_i
 
 
 @pytest.mark.parametrize("name, harm, message", [
-    ("best.pt", lambda path, other: path.write_text("<html>"), "use the checkpoint .*best.pt: .* damaged; repair .*b"),
-    ("best.pt", lambda path, other: path.symlink_to("/absent/b.pt"), "open the checkpoint /absent/b.pt: .*; repair"),
+    ("best.pt", lambda path, other: path.write_text("<html>"),
+     "use the checkpoint .*best.pt: .* damaged; repair .*best.pt"),
+    ("best.pt", lambda path, other: path.symlink_to("/absent/b.pt"),
+     "open the checkpoint /absent/b.pt: .*; repair .*best.pt"),
     ("best.pt", lambda path, other: shutil.copy(other, path), "best.pt was trained on other classes"),
     ("last.pt", lambda path, other: path.symlink_to("/absent/l.pt"), "cannot open the checkpoint /absent/l.pt: No "),
 ], ids=["damaged", "not mounted", "another run's", "last.pt not mounted"])
@@ -1564,7 +1579,8 @@ def test_distributed_processes_that_read_different_checkpoints_are_refused(finis
         def all_gather(self, value):  # from this process and from another, which is one step on
             return [value, (value[0] + 1, value[1])]
     args = train.parse_arguments(arguments(pictures, finished, "--resume", "auto"))
-    assert_refused("last.pt differs between processes: --out must be on storage", train.train, args, Two(0, 2))
+    message = "last.pt differs between processes: --out must be on storage shared by all"
+    assert_refused(message, train.train, args, Two(0, 2))
 
 
 # Two hosts with a cable between them: two network, host name and mount namespaces, made without a privilege.
@@ -2044,7 +2060,7 @@ def test_finite_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
     gru = MinGRU(2, expansion=1, scan=scan)
     gru.in_proj = torch.nn.Identity()
     least, most = torch.finfo(dtype).tiny, min(torch.finfo(dtype).max, 1e30)
-    for T, reverse in itertools.product((1, 64, 257), (False, True)):
+    for T, reverse in itertools.product((1, 64, 1009), (False, True)):
         cases = [(gru, [chosen([-most, -90.0, -0.0, 0.0, 90.0, 6e4], 2, T, 4)])]
         # Gates closed, open, a mix of both, or as small as the type knows.
         for gates, b, with_h0 in itertools.product(([1.0], [0.0], [0.0, 1.0], [least]), (0.0, 100.0), (0, 1)):
