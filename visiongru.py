@@ -172,7 +172,7 @@ def _check_positive_integers(**values):
 
 
 def _at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # 2. minGRU ------------------------------------------------------------------------------------------------------------
@@ -654,10 +654,10 @@ class _MinGRUScan(torch.autograd.Function):
         # decay(u), spelled differently from forward for the reason given in _in_scan_order.
         a = torch.sigmoid(-_at_least_float32(u[..., h.shape[-1]:]))
         # h_{t-1}: h shifted by a step (a negative pad crops), with h0 in the gap. torch.compile fuses pads, not cat.
-        h_before = F.pad(h, (0, 0, -1, 1) if ctx.reverse else (0, 0, 1, -1))
+        h_before = F.pad(_at_least_float32(h), (0, 0, -1, 1) if ctx.reverse else (0, 0, 1, -1))
         if h0 is not None:
-            T, h0 = h.shape[-2], h0.unsqueeze(-2).to(h.dtype)
-            h_before = h_before + F.pad(h0, (0, 0, T - 1, 0) if ctx.reverse else (0, 0, 0, T - 1))
+            T = h.shape[-2]
+            h_before = h_before + F.pad(h0.unsqueeze(-2), (0, 0, T - 1, 0) if ctx.reverse else (0, 0, 0, T - 1))
         du, dh0 = _chunked_scan(a, a * grad, grad_last, not ctx.reverse, emit, (u, a, h_before, grad))
         return du, (dh0 if ctx.needs_input_grad[1] else None), None
 
@@ -687,8 +687,7 @@ def _doubling_scan(a, b, h0, reverse):
 
     def shift(x, value):  # by `reach` steps
         steps = torch.sym_min(reach, T)
-        padded = F.pad(x, (0, 0, 0, steps) if reverse else (0, 0, steps, 0), value=value)
-        return padded[..., steps:, :] if reverse else padded[..., :T, :]
+        return F.pad(x, (0, 0, -steps, steps) if reverse else (0, 0, steps, -steps), value=value)
 
     while not statically_known_true(T <= reach):
         if reach > 2**40:
