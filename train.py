@@ -273,27 +273,6 @@ def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Mod
 
 # Data: images are loaded as uint8, then normalized, erased and mixed on the device ------------------------------------
 
-class ImageFolder(Dataset):
-    """The images in ROOT/<class> and the folders below it, as (PIL image, class index)."""
-
-    transform = None
-
-    def __init__(self, root: Path, log: Callable):
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        labels, paths = {name: label for label, name in enumerate(self.classes)}, find_files(root, EXTENSIONS, log)
-        names = [path.removeprefix(os.path.join(root, "")).split(os.sep)[0] for path in paths]
-        self.samples = [(path, labels[name]) for path, name in zip(paths, names) if name in labels]
-        note_skipped([path for path, name in zip(paths, names) if name not in labels], "not in a class folder", log)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple:
-        path, label = self.samples[index]
-        image = read_image(path)
-        return (self.transform(image) if self.transform else image), label
-
-
 def open_data(args: Namespace, splits: Iterable[str], log: Callable = print) -> list[Dataset]:
     """The datasets DIR/split/<class>/<images>, or the built-in ones; they have the same `classes`. Raises UserError."""
     if args.data is None:
@@ -910,6 +889,27 @@ def read_image(path: str | Path) -> Image.Image:
                 return image if image.mode == "RGB" else image.convert("RGB")  # convert copies
     except Exception as error:
         raise UserError(f"cannot read the image {path}: {error}") from None
+
+
+class ImageFolder(Dataset):
+    """The images in ROOT/<class> and the folders below it, as (PIL image, class index)."""
+
+    transform = None
+
+    def __init__(self, root: Path, log: Callable):
+        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+        labels, paths = {name: label for label, name in enumerate(self.classes)}, find_files(root, EXTENSIONS, log)
+        names = [path.removeprefix(os.path.join(root, "")).split(os.sep)[0] for path in paths]
+        self.samples = [(path, labels[name]) for path, name in zip(paths, names) if name in labels]
+        note_skipped([path for path, name in zip(paths, names) if name not in labels], "not in a class folder", log)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple:
+        path, label = self.samples[index]
+        image = read_image(path)
+        return (self.transform(image) if self.transform else image), label
 
 
 def dataset_digest(data: Dataset) -> str:
