@@ -51,6 +51,8 @@ LOSSLESS = (".png", ".bmp", ".tif", ".tiff", ".pgm")  # for label maps: JPEG wou
 LOSSY = "jpeg", "webp"  # compressions within TIFF
 # PIL's names for the pixel formats that it reads unchanged; it converts others to levels of grey.
 CODINGS = "1", "L", "P", "P;1", "P;2", "P;4", "I;16", "I;16B", "I;16S", "I;16BS", "I;32N", "I;32S", "I;32BS"
+# System fonts for the legends of overlays. The last one that is found is used, so those with Chinese come last.
+FONTS = "DejaVuSans.ttf", "PingFang.ttc", "msyh.ttc", "NotoSansCJK-Regular.ttc"
 IGNORE = 255  # in the masks of the data sets below: a pixel that is neither learned nor scored
 
 
@@ -336,8 +338,9 @@ def overlay(image: Image.Image, labels: Image.Image, names: dict[int, str]) -> I
     texts = [f"{label}: {common.printable(names[label])} {100 * count / image.width / image.height:.1f} %"
              for count, label in counts]
     font, colours = ImageFont.load_default(size), labels.getpalette()
-    with contextlib.suppress(OSError):  # PIL's own font has only Latin letters
-        font = font if "".join(texts).isascii() else ImageFont.truetype("DejaVuSans.ttf", size)
+    for name in () if "".join(texts).isascii() else FONTS:  # PIL's own font has only Latin letters
+        with contextlib.suppress(OSError):
+            font = ImageFont.truetype(name, size)
     width = max(image.width, *(round(font.getlength(text)) + 2 * size for text in texts))
     page = Image.new("RGB", (width, image.height + 3 * size * len(texts) // 2 + size // 2), "white")
     page.paste(Image.blend(image, labels.convert("RGB"), 0.5))
