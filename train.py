@@ -307,7 +307,7 @@ def center_square(img_size: int, val_resize: int, image: Image.Image) -> Image.I
 
 
 def train_transform(args: Namespace) -> Callable:
-    """The recipe's augmentation of single images: PIL image -> (3, S, S) uint8. `batch_augmentation` does the rest."""
+    """The recipe's augmentation of single images: PIL image -> (3, S, S) uint8. `augment_batch` does the rest."""
     crop = functools.partial(center_square, args.img_size, args.val_resize)
     if args.crop_scale < 1:
         crop = v2.RandomResizedCrop(args.img_size, scale=(args.crop_scale, 1))
