@@ -117,7 +117,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
                               f"start again with --no-zero-is-ignore")
         run.record(result, f"step {run.step:6d}/{args.iters}  {summary(result)}", result["miou"])
     distributed.print(score_table(run.log[-1]))
-    run.print_summary("segment.py", f"mIoU {run.best:.2f}", ["--slide"] if args.slide else [])
+    run.print_summary(__file__, f"mIoU {run.best:.2f}", ["--slide"] if args.slide else [])
 
 
 def warmup_linear(step: int, total_steps: int, warmup_steps: int) -> float:
@@ -420,7 +420,7 @@ class LabelledImages(Dataset):
 def by_stem(folder: Path, extensions: Iterable[str], log: Callable) -> dict[str, Path]:
     """The files below a folder by relative path without extension. UserError if two have the same."""
     files = {}
-    for path in map(Path, common.find_files(folder, extensions, log)):
+    for path in map(Path, common.find_files(folder, extensions, log, once=False)):
         other = files.setdefault(str(path.relative_to(folder).with_suffix("")), path)
         if other != path:
             raise UserError(f"{other} and {path} differ only in their extension; remove one of them")
@@ -431,7 +431,11 @@ def class_names(args: Namespace, known: list[str] | None = None) -> list[str]:
     """The class names of --data: from its files, or those `known` from a checkpoint, or made up for --num-classes."""
     for source in Path(args.data, "classes.txt"), Path(args.data, "objectInfo150.txt"):
         if source.exists():
-            names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            try:
+                text = source.read_text(encoding="utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"cannot read {source}, text in UTF-8: {error}") from None
+            names = [line.strip() for line in text.splitlines() if line.strip()]
             if source.name == "objectInfo150.txt":  # a title, then Idx, Ratio, Train, Val, Name between tabs
                 names = [line.split("\t")[-1] for line in names[1:]]
             if not 1 <= len(set(names)) == len(names) < IGNORE or args.num_classes not in (None, len(names)):
@@ -456,9 +460,9 @@ def open_data(args: Namespace, splits: Iterable[str], known: list[str] | None = 
     try:
         classes = class_names(args, known)
         sets = [LabelledImages(args, split, classes, log) for split in splits]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {args.data}: expected {{images,annotations}}/{{training,validation}} in it, and text "
-                        f"in UTF-8: {error}") from None
+    except OSError as error:
+        raise UserError(f"--data {args.data}: expected {{images,annotations}}/{{training,validation}} in it: "
+                        f"{error}") from None
     if len(sets) > 1 and not common.checkpoint_to_resume(args):  # a new run
         sets[0].check_labels()
     return sets

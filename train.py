@@ -14,9 +14,9 @@ not depend on the number of processes. All randomness is seeded by --seed and th
 results do not depend on the number of workers, on processes and micro-batches (except with --drop-path), or on being
 stopped and resumed, up to rounding and to operations that a GPU does not repeat exactly.
 
-OUT/last.pt is written before and after each validation, every --save-every steps, and on a signal. OUT/best.pt holds
-the weights with the best validation score, their moving average, the class names and the preprocessing; OUT/log.jsonl
-has a line for each validation.
+OUT/last.pt is written before and after each validation, every --save-every steps, and on Ctrl-C, SIGTERM or SIGHUP.
+OUT/best.pt holds the weights with the best validation score, their moving average, the class names and the
+preprocessing; OUT/log.jsonl has a line for each validation.
 
 Long runs: add --resume auto --save-every 500, and pass --max-restarts=3 to torchrun, which then restarts all processes
 when one dies; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or they read stale entries in torchrun's store. For two nodes
@@ -141,7 +141,7 @@ def train(args: Namespace, distributed: Distributed) -> None:
         ema_scores = {f"ema_{key}": value for key, value in scores.get("ema", {}).items()}
         run.record({"epoch": epoch + 1, **scores["model"], **ema_scores},
                    f"epoch {epoch + 1:3d}/{args.epochs}  {text}", scores[better]["top1"], better)
-    run.print_summary("train.py", f"top-1 {run.best:.2f} %")
+    run.print_summary(__file__, f"top-1 {run.best:.2f} %")
 
 
 def train_step(run: Run, ddp_model: nn.Module, batches: Iterator, loss_fn: Callable) -> None:
@@ -264,7 +264,7 @@ def model_from_checkpoint(args: Namespace, device: torch.device) -> tuple[nn.Mod
     class names (None for a bare state dict)."""
     weights = open_checkpoint(args, img_size=224, val_resize=256, mean=MEAN, std=STD, classes=None)
     if "head.weight" not in weights:
-        raise UserError(f"{args.weights} has no classifier")
+        raise UserError(f"{args.weights} has no classifier, head.weight, but {shown(next(iter(weights)))} and others")
     model = MODELS[args.model](num_classes=len(weights["head.weight"]))
     load_weights(model, weights, args.weights)
     model.to(device, memory_format=torch.channels_last).eval()
@@ -289,8 +289,8 @@ def open_data(args: Namespace, splits: Iterable[str], log: Callable = print) -> 
         if split == "train" and len(data.classes) == 1:
             raise UserError(f"{layout}: {data.classes[0]} is the only class; are the class folders inside it?")
     if sets[0].classes != sets[-1].classes:
-        raise UserError(f"--data {args.data}: train and val have different classes; in one of them only: "
-                        f"{', '.join(sorted({*sets[0].classes} ^ {*sets[-1].classes}))}")
+        raise UserError(f"--data {args.data}: train and val have different classes (in val, one may be an empty "
+                        f"folder); in one of them only: {', '.join(sorted({*sets[0].classes} ^ {*sets[-1].classes}))}")
     return sets
 
 
@@ -441,8 +441,7 @@ class Run:
         self.config = {**vars(args), "classes": data[0].classes, "train_images": len(data[0]), "mean": list(MEAN),
                        "std": list(STD)}
         if distributed.rank == 0:
-            names = "contents_of_training_files", "contents_of_validation_files"
-            self.config |= dict(zip(names, map(dataset_digest, data)))
+            self.config |= dict(zip(CONTENTS, map(dataset_digest, data)))
         self.validated, self.loss_sum, self.lr, self.best, self.better, self.log = 0, 0.0, 0.0, -1.0, "model", []
         self.reports = []  # of the steps whose loss has not been read yet
         self.loss = math.nan  # the last one read
@@ -460,7 +459,7 @@ class Run:
             raise UserError(f"{path or last} differs between processes: --out must be on storage shared by all of them")
         for earlier in last, self.out / "best.pt", self.out / "log.jsonl":
             if os.path.lexists(earlier) and (path is None or path.resolve() != last.resolve()):
-                advice = f"add --resume auto to continue from {last}" if last.exists() else "remove it"
+                advice = f"add --resume auto to continue from {last}" if last.exists() else "move it away"
                 raise UserError(f"{earlier} already exists: {advice}, or choose another --out")
         if path:
             self.restore(checkpoint, path)
@@ -471,7 +470,7 @@ class Run:
         self.distributed.print(f"{type(self.model).__name__} {self.args.model}, {parameters:,} parameters, on "
                                f"{self.distributed.world_size} x {self.distributed.device}, {self.dtype or 'float32'}; "
                                f"in {self.out}" + (f"; resumed at step {self.step}" if self.step else ""))
-        highest = max(map(self.scheduler.lr_lambdas[0], range(self.total_steps)))
+        highest = max(map(self.scheduler.lr_lambdas[0], range(0, self.total_steps, 1 + self.total_steps // 1000)))
         if highest < 0.5 or self.args.lr == 0:
             self.distributed.print(f"note: the learning rate never exceeds {highest * self.args.lr:.2e} in this run "
                                    f"of {self.total_steps} steps: is the warm-up too long, or --lr too low?")
@@ -489,12 +488,8 @@ class Run:
                 raise UserError(f"{error}; repair {best}, or remove it: the next validation writes a new one") from None
         try:
             for file, content in files.items():
-                check_classes(content["config"]["classes"], self.config["classes"], file)
-                for name, before in content["config"].items():
-                    now = self.config.get(name, before)
-                    if now != before and name not in MAY_CHANGE:
-                        raise UserError(f"--resume {file}: {name.replace('_', '-')} was {shown(before)} and is now "
-                                        f"{now}; keep it, or start a new run with --weights")
+                self.check_config(content["config"], file)
+            self.check_contents(checkpoint["config"], path)
             self.restore_parts(checkpoint)
             for key in STATE:
                 setattr(self, key, checkpoint[key])
@@ -505,6 +500,25 @@ class Run:
                 self.loss_sum = again["loss"] * (self.step - self.validated)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"--resume {path}: this checkpoint does not fit: {type(error).__name__}: {error}") from None
+
+    def check_config(self, config: dict, file: Path) -> None:
+        """UserError if the config of a checkpoint is that of another recipe or of other classes."""
+        check_classes(config["classes"], self.config["classes"], file)
+        for name, before in config.items():
+            now = self.config.get(name, before)
+            if now != before and name not in MAY_CHANGE and name not in CONTENTS:
+                raise UserError(f"--resume {file}: {name.replace('_', '-')} was {shown(before)} and is now {now}; keep "
+                                f"it, or start a new run with --weights")
+
+    def check_contents(self, config: dict, path: Path) -> None:
+        """UserError if the data are other files now. --resume FILE accepts them, with a note: a user may have repaired
+        one that could not be read."""
+        for name in CONTENTS:
+            if config.get(name) != self.config.get(name, config.get(name)):
+                changed = f"the {name.replace('_', ' ')} are not those that {path} was trained with"
+                if self.args.resume == "auto":
+                    raise UserError(f"{changed}; restore them, or accept these: --resume {shlex.quote(str(path))}")
+                self.distributed.print(f"note: {changed}")
 
     def restore_parts(self, checkpoint: dict) -> None:
         """Restore the weights, the optimizer's moments, the step and the gradient scale. Everything else, such as the
@@ -543,7 +557,7 @@ class Run:
                   disable=self.distributed.rank > 0 or None) as bar:  # None: disabled without a terminal
             while self.step < until:
                 yield self.step
-                self.read_losses(keep=1)
+                self.read_losses(keep=min(1, self.step - first - 1))  # nothing to show before the first one is read
                 now = time.perf_counter()
                 self.rate = (self.step - first) * self.args.batch_size / (now - started)
                 progress = f"loss {self.loss:.3f}, lr {self.lr:.2e}, {self.rate:,.1f} images/s"
@@ -622,14 +636,15 @@ class Run:
             self.fail(f"the weights are no longer finite after step {self.step}")
 
     def fail(self, reason: str) -> None:
-        last = self.out / "last.pt"
-        start = f", from the unchanged {last}: --weights {shlex.quote(str(last))}" if last.exists() else ""
+        earlier = [path for path in (self.out / "best.pt", self.out / "last.pt") if path.exists()]
+        start = f", from the unchanged {earlier[0]}: --weights {shlex.quote(str(earlier[0]))}" if earlier else ""
         raise UserError(f"{reason}. A lower --lr, a longer warm-up or another --amp may help, in a new run with "
                         f"another --out{start}")
 
     def print_summary(self, script: str, result: str, options: Iterable[str] = ()) -> None:
         """Print the best result and the command that evaluates it."""
         best, data = str(self.out / "best.pt"), self.args.data
+        script = os.path.basename(script) if os.path.samefile(Path(script).parent, os.curdir) else script
         command = ["python", script, "--eval", "--weights", best, *(("--data", data) if data else ()), *options]
         self.distributed.print(f"done: {best} has {result}. To evaluate it:\n  {shlex.join(command)}")
 
@@ -719,6 +734,9 @@ ENTRIES = {  # of a checkpoint, its config and its parts: what is expected, in w
     "classes": ("a list of different names", lambda x: isinstance(x, list) and all(
         isinstance(name, str) for name in x) and 0 < len(set(x)) == len(x)),
 }
+
+# Digests of the data in a config, of training and of validation.
+CONTENTS = "contents_of_training_files", "contents_of_validation_files"
 
 # Options that a resumed run may change.
 MAY_CHANGE = {"data", "out", "resume", "weights", "backbone_weights", "device", "workers", "save_every", "compile",
@@ -812,8 +830,8 @@ def check_model(name: object, path: str | Path) -> None:
 def check_classes(known: list, classes: list[str], path: str | Path) -> None:
     """UserError if the classes `known` to the checkpoint at `path` (None: any) differ from the data's `classes`."""
     if len(known) != len(classes):
-        raise UserError(f"{path} was trained on {len(known)} classes and the data has {len(classes)}; to "
-                        f"fine-tune on other classes, train with --weights {shlex.quote(str(path))}")
+        raise UserError(f"{path} was trained on {len(known)} classes and the data has {len(classes)}: is --data right? "
+                        f"To fine-tune on other classes, train with --weights {shlex.quote(str(path))}")
     for ours, theirs in zip(known, classes):
         if ours not in (None, theirs):
             raise UserError(f"{path} was trained on other classes than the data's: {ours!r} where it has {theirs!r}")
@@ -833,31 +851,34 @@ def open_image(path: str | Path, extensions: Iterable[str] = EXTENSIONS) -> Imag
     return Image.open(path, formats=[EXTENSIONS[extension] for extension in extensions])
 
 
-def find_files(folder: str | Path, extensions: Iterable[str], log: Callable) -> list[str]:
-    """The files below a folder with one of the extensions, in order, each once, even if several links lead to it.
-    Skips hidden files and, with a note, other extensions. UserError for a pipe, a device or a broken link."""
-    found, others, root = [], [], os.path.realpath(folder)
+def find_files(folder: str | Path, extensions: Iterable[str], log: Callable, once: bool = True) -> list[str]:
+    """The files below a folder with one of the extensions, in order. Each folder counts once, even if several links
+    lead to it, and with `once` each file. Skips hidden files and, with a note, other extensions and files found
+    before. UserError for a pipe, a device or a broken link."""
+    found, others, links, root = [], [], [], os.path.realpath(folder)
     seen = {root, *map(str, Path(root).parents)}  # links to these are cycles
 
     def search(folder: str | Path, real_folder: str) -> None:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             # Only links cost a system call: on network storage one for each image of ImageNet would take minutes.
             real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real_folder, entry.name)
-            if entry.name[0] == "." or real in seen:
+            if entry.name[0] == ".":
                 continue
             if entry.is_dir():
-                seen.add(real)
-                search(entry.path, real)
+                if real not in seen:
+                    seen.add(real)
+                    search(entry.path, real)
             elif os.path.splitext(entry.name)[1].lower() not in extensions:
                 others.append(entry.path)
             elif entry.is_file():
+                (links if once and real in seen else found).append(entry.path)
                 seen.add(real)
-                found.append(entry.path)
             else:
                 raise UserError(f"{entry.path} is a pipe, a device or a broken link; expected a file")
 
     search(folder, root)
     note_skipped(others, "unsupported extension", log)
+    note_skipped(links, "the same file as another", log)
     return found
 
 
@@ -918,7 +939,7 @@ def dataset_digest(data: Dataset) -> str:
     digest = hashlib.sha256()
     for number, sample in enumerate(data.samples):
         for item in sample:  # paths, and a class index
-            digest.update(f"{item if isinstance(item, int) else os.path.basename(item)}\n".encode())
+            digest.update(os.fsencode(f"{item if isinstance(item, int) else os.path.basename(item)}\n"))
             if number % max(1, len(data.samples) // 1000) == 0 and not isinstance(item, int):
                 digest.update(Path(item).read_bytes())
     return digest.hexdigest()[:12]
@@ -1289,12 +1310,14 @@ def parse(argv: list[str] | None, description: str, options: dict[str, Option], 
     else:
         column = "recipe" if "data" in given else "built_in"
         defaults = {name.replace("-", "_"): getattr(option, column) for name, option in options.items()}
+        resumed = checkpoint_to_resume(Namespace(**{"resume": None, "out": os.devnull, **given}))
         for source, names in inherited.items():
             missing = [name for name in names if name not in given]
             if given.get(source) and missing:
-                config = config_of(load_checkpoint(given[source]))
+                path = resumed or given[source]  # a resumed run needs no other weights
+                config = config_of(load_checkpoint(path))
                 defaults |= {name: config[name] for name in missing if name in config}
-                check_model(defaults["model"], given[source])
+                check_model(defaults["model"], path)
     args = Namespace(**{"eval": False, "predict": None, **defaults, **given})
     if vars(args).get("workers", 0) is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -1306,14 +1329,20 @@ def dispatch(args: Namespace, train: Callable, evaluate: Callable, predict: Call
     """Train, evaluate or predict. Returns the exit status: 0, 2, or 128 + the number of the signal that stopped it."""
     distributed = init_distributed(args.device)
     act = predict if args.predict else evaluate if args.eval else train
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         with (locked_folder(Path(args.out), args.data) if act is train and distributed.rank == 0
               else contextlib.nullcontext()):
             return act(args, distributed) or 0
     except Stopped as stopped:
+        handlers.clear()  # the process is about to end; a signal that comes twice must not change its status
         distributed.all_reduce([])  # wait for rank 0 to save: torchrun kills the rest when one exits
         distributed.print("saved and stopped; to continue, add --resume auto to the same command")
         return 128 + stopped.args[0]
+    finally:
+        for number, handler in handlers.items():  # a notebook goes on
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -1386,7 +1415,7 @@ ADVICE = {  # by a pattern in the error
     r"gloo|DistBackendError|DistStoreError": "another process has ended; see its error",
     r"shared memory|/torch_\d": "is /dev/shm too small? Enlarge it (docker run --shm-size=8g), or use --workers 0",
     "Too many open files|ancdata": "raise the limit (ulimit -n 4096), or use fewer --workers",
-    r"(?i)c\+\+ compiler|CxxCompiler": "install one, or use --no-compile",
+    r"(?i)c\+\+ compile|CxxCompiler": "is a C++ compiler installed, with Python's headers? Or use --no-compile",
     # When memory runs out, the system may kill a data-loading worker; then the connection to it fails.
     r"^(MemoryError|OutOfMemoryError|ConnectionResetError|EOFError)|can't allocate memory|DataLoader worker \(pid":
         "out of memory? Try more --grad-accum-steps, --grad-checkpointing, fewer --workers, smaller images or batches",

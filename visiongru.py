@@ -530,8 +530,8 @@ def read_checkpoint(path: str | os.PathLike) -> object:
             raise
         if "unsupported global" in str(error).lower():
             raise ValueError("it holds Python objects, and loading those executes code. If you trust the file, keep "
-                             "its tensors: torch.save(torch.load(FILE, weights_only=False)[KEY], NEW_FILE), where KEY "
-                             "is usually 'model' or 'state_dict'") from None
+                             "its tensors: x = torch.load(FILE, weights_only=False), then torch.save(x.state_dict(), "
+                             "NEW_FILE) if x is a model, or torch.save(x['model'], NEW_FILE) and the like") from None
         raise ValueError("it was not written by torch.save, or it is damaged") from error
 
 
@@ -540,18 +540,19 @@ def extract_state_dict(checkpoint: object) -> dict[str, Tensor]:
 
     `checkpoint` is a state dict, of this file's models or of the authors' release, or a dict that holds one: under the
     key that its entry "better" names, as train.py writes it, or else the first of "ema", "model_ema", "state_dict_ema"
-    (moving averages), "model" and "state_dict". Raises ValueError if there are no weights, or if one is anything but a
-    dense tensor of finite floating-point numbers.
+    (moving averages), "model", "state_dict" and "model_state_dict". Raises ValueError if there are no weights, or if
+    one is anything but a dense tensor of finite floating-point numbers.
     """
     state = checkpoint if isinstance(checkpoint, dict) else {}
-    for key in str(state.get("better")), "ema", "model_ema", "state_dict_ema", "model", "state_dict":
+    keys = "ema", "model_ema", "state_dict_ema", "model", "state_dict", "model_state_dict"
+    for key in str(state.get("better")), *keys:
         if isinstance(state.get(key), dict) and state[key]:
             state = state[key]
             break
     state = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     state.pop("n_averaged", None)  # the counter of torch.optim.swa_utils.AveragedModel
     if not state:
-        raise ValueError("it holds no weights; expected a dict of parameter names and tensors")
+        raise ValueError(f"it holds no weights; expected parameter names and tensors, in it or under one of {keys}")
     for key, value in state.items():
         is_number = value.is_floating_point() or key.endswith("num_batches_tracked")  # BatchNorm's counter
         if not is_number or value.layout != torch.strided or not value.isfinite().all():
@@ -581,7 +582,8 @@ def load_weights(model: nn.Module, source: str | os.PathLike | dict) -> nn.Modul
     if "stem.conv1.weight" in expected and "backbone.stem.conv1.weight" in state:  # a segmentation model's backbone
         state = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     elif "backbone.stem.conv1.weight" in expected and "stem.conv1.weight" in state:
-        raise ValueError("these weights have no decoder; for the backbone alone: load_weights(model.backbone, ...)")
+        raise ValueError("these weights have no decoder; for the backbone alone: load_weights(model.backbone, ...), "
+                         "or segment.py --backbone-weights")
     if "head.weight" not in expected:  # segmentation models have no classifier of images
         state = {key: value for key, value in state.items() if not re.match(r"(backbone\.)?head\.", key)}
 
