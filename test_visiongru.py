@@ -51,13 +51,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import segment
 import train
 import visiongru
-from visiongru import (FCNHead, GRU2D, MinGRU, UPerNet, VisionGRU, load_weights, scan_log, scan_parallel,
+from visiongru import (FCNHead, GRU2D, MinGRU, UPerNet, VisionGRU, coefficients, load_weights, scan_log, scan_parallel,
                        scan_sequential, visiongru_base, visiongru_nano, visiongru_tiny)
 
 HERE = Path(__file__).parent
@@ -68,8 +69,6 @@ HANDLERS = [(number, signal.getsignal(number)) for number in (signal.SIGINT, sig
 
 process = pytest.mark.process
 each_scan = pytest.mark.parametrize("scan", visiongru.SCANS)
-each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-each_gate = pytest.mark.parametrize("gates", [-8, 0, 8], ids=["nearly closed", "typical", "nearly open"])
 each_way = pytest.mark.parametrize("with_h0, reverse", list(itertools.product((False, True), repeat=2)))
 
 
@@ -89,7 +88,7 @@ def micro_upernet(num_classes=5, channels=8, aux_channels=4):
 def with_gradients(outputs, inputs):
     """The outputs, and the gradients of their weighted sum, in which no two numbers weigh the same, for the inputs."""
     loss = sum((y * torch.arange(y.numel()).cos().view_as(y)).sum() for y in outputs)
-    return [*outputs, *torch.autograd.grad(loss, [t for t in inputs if t is not None])]
+    return [*outputs, *torch.autograd.grad(loss, inputs)]
 
 
 def assert_refused(message, function, *args, error=train.UserError):
@@ -101,50 +100,52 @@ def assert_refused(message, function, *args, error=train.UserError):
 
 def random_coefficients(T, with_h0):
     """Random a, b and, if wanted, h0. Neither a nor b is contiguous in memory."""
-    a, b = torch.rand(T, 2, 3, dtype=torch.float64).transpose(0, 1), torch.rand(2, T, 6, dtype=torch.float64)[..., 3:]
-    h0 = torch.rand(2, 3, dtype=torch.float64).requires_grad_() if with_h0 else None
-    return [a.requires_grad_(), b.add_(0.1).requires_grad_(), h0]
+    a, b = torch.rand(T, 2, 3).double().transpose(0, 1), torch.rand(2, T, 6).double()[..., 3:] + 0.1
+    return [t.requires_grad_() for t in (a, b, *with_h0 * [torch.rand(2, 3).double()])]
 
 
 @each_way
 def test_scans_are_the_loop_at_every_length_and_in_reverse_the_loop_over_the_flipped_sequence(with_h0, reverse):
-    around_powers_of_row = [length + i for length in (16**2, 16**3) for i in (-1, 0, 1)]
-    for T in [*range(1, 301), 1009, *around_powers_of_row]:
-        a, b, h0 = inputs = random_coefficients(T, with_h0)
-        copies = [t.clone() for t in inputs if t is not None]
-        h = scan_sequential(a.flip(1), b.flip(1), h0).flip(1) if reverse else scan_sequential(*inputs)
+    for T in [*range(1, 301), 1009, 4095, 4096, 4097]:
+        a, b, *h0 = inputs = random_coefficients(T, with_h0)
+        copies = [t.clone() for t in inputs]
+        h = scan_sequential(a.flip(1), b.flip(1), *h0).flip(1) if reverse else scan_sequential(*inputs)
         expected = with_gradients([h], inputs)
-        for scan, tolerance in ((scan_sequential, 1e-11), (scan_parallel, 1e-11), (scan_log, 1e-6)):
-            if T > {scan_sequential: 40, scan_parallel: T, scan_log: 1009}[scan]:
-                continue  # the loop would take long; log-space loses digits with T, in float64 too
-            torch.testing.assert_close(with_gradients([scan(*inputs, reverse=reverse)], inputs), expected,
-                                       rtol=tolerance, atol=tolerance, msg=lambda m: f"T = {T}, {scan.__name__}: {m}")
-        assert all(map(torch.equal, [t for t in inputs if t is not None], copies))  # nothing is written to them
+        for scan, longest, tolerance in (scan_sequential, 40, 1e-11), (scan_parallel, T, 1e-11), (scan_log, 1009, 1e-6):
+            if T <= longest:  # the loop would take long; log-space loses digits with T, in float64 too
+                assert_close(with_gradients([scan(*inputs, reverse=reverse)], inputs), expected, rtol=tolerance,
+                             atol=tolerance, msg=lambda m: f"T = {T}, {scan.__name__}: {m}")
+        assert all(map(torch.equal, inputs, copies))  # nothing is written to them
 
 
 @each_way
-def test_scan_and_mingru_have_the_right_first_and_second_derivatives(with_h0, reverse):
-    gru = MinGRU(2, 2).double()
-    of_gru = [torch.randn(2, 7, 2, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)][:1 + with_h0]
-    cases = [(gru, [t.requires_grad_() for t in of_gru])]
-    cases += [(scan_parallel, [t for t in random_coefficients(T, with_h0) if t is not None]) for T in (1, 2, 5, 8)]
-    for function, inputs in cases:
-        assert torch.autograd.gradcheck(lambda *t: function(*t, reverse=reverse), inputs)
-        assert torch.autograd.gradgradcheck(lambda *t: function(*t, reverse=reverse), inputs)
+def test_scan_and_mingru_have_the_right_first_and_second_derivatives_also_by_torch_func(with_h0, reverse):
+    gru, loop = MinGRU(2).double(), MinGRU(2, scan="sequential").double()
+    loop.load_state_dict(gru.state_dict())
+    x, *h0 = inputs = [torch.randn(2, 20, 2).double(), torch.rand(2, 4).double()][:1 + with_h0]
+    cases = [(gru, [x[:, :7], *h0])] + [(scan_parallel, random_coefficients(T, with_h0)) for T in (1, 2, 5, 8)]
+    for function, tensors in cases:
+        for check in torch.autograd.gradcheck, torch.autograd.gradgradcheck:
+            assert check(lambda *t: function(*t, reverse=reverse), [t.detach().requires_grad_() for t in tensors])
+
+    def loss(gru):
+        return lambda *inputs: sum(y.pow(3).sum() for y in gru(*inputs, reverse=reverse))
+    every, jacrev, hessian = tuple(range(len(inputs))), torch.func.jacrev, torch.func.hessian
+    assert_close(jacrev(jacrev(loss(gru), every), every)(*inputs), hessian(loss(loop), every)(*inputs))
+    assert_refused("jvp", hessian(loss(gru)), *inputs, error=(NotImplementedError, RuntimeError))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@each_gate
+@pytest.mark.parametrize("gates", [-8, 0, 8], ids=["nearly closed", "typical", "nearly open"])
 def test_float32_keeps_its_accuracy_over_65536_steps_and_log_space_does_not(gates, reverse):
-    u, gru, error = torch.randn(1, 65_537, 4), MinGRU(1), {}  # a prime: no row divides the sequence
+    u = torch.randn(1, 65_537, 4)  # a prime: no chunk divides the sequence
     u[..., 2:] += gates  # candidates first, then gates
-    gru.in_proj = torch.nn.Identity()  # gate and candidate are the input itself
-    exact = scan_sequential(*visiongru.coefficients(u.double()), reverse=reverse)
-    torch.testing.assert_close(scan_parallel(*visiongru.coefficients(u.double()), reverse=reverse), exact)
-    for scan in (scan_parallel, scan_log):
-        error[scan] = ((scan(*visiongru.coefficients(u), reverse=reverse) - exact).abs() / exact).max()
-    assert error[scan_parallel] < 1e-5
-    assert error[scan_log] > 1e-4 or gates < 0  # with closed gates log A_t hardly grows, and log-space does better
+    exact = scan_sequential(*coefficients(u.double()), reverse=reverse)
+    assert_close(scan_parallel(*coefficients(u.double()), reverse=reverse), exact)
+    of_parallel, of_log = (((scan(*coefficients(u), reverse=reverse) - exact).abs() / exact).max()
+                           for scan in (scan_parallel, scan_log))
+    assert of_parallel < 1e-5
+    assert of_log > 1e-4 or gates < 0  # with closed gates log A_t hardly grows, and log-space does better
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -153,12 +154,11 @@ def test_float32_keeps_its_accuracy_over_65536_steps_and_log_space_does_not(gate
 def test_gradients_of_scan_and_mingru_are_as_accurate_as_the_loops(dtype, T, gates, reverse):
     gru, loop = MinGRU(8, expansion=1), MinGRU(8, expansion=1, scan="sequential")
     gru.in_proj = loop.in_proj = torch.nn.Identity()
-    u, grad = torch.randn(2, T, 16), torch.randn(2, T, 8).to(dtype)
-    u[..., 8:] += gates
-    u = u.to(dtype)
+    u = torch.cat([torch.randn(2, T, 8), torch.randn(2, T, 8) + gates], dim=-1).to(dtype)
+    grad = torch.randn(2, T, 8).to(dtype)
 
     def scan(u, reverse):
-        return [scan_parallel(*visiongru.coefficients(u), reverse=reverse).to(u.dtype)]
+        return [scan_parallel(*coefficients(u), reverse=reverse).to(u.dtype)]
 
     def gradient(function, u):
         u = u.detach().requires_grad_()
@@ -173,10 +173,9 @@ def test_gradients_of_scan_and_mingru_are_as_accurate_as_the_loops(dtype, T, gat
 
 # minGRU and 2DGRU -----------------------------------------------------------------------------------------------------
 
-def mingru_by_hand(gru, x, h0):
+def mingru_by_hand(gru, x, h=0):
     """MinGRU's equations, one step after another. -> the outputs, and the states."""
-    W_h, W_z = gru.in_proj.weight.chunk(2)
-    h, states = x.new_zeros(len(x), gru.hidden) if h0 is None else h0, []
+    (W_h, W_z), states = gru.in_proj.weight.chunk(2), []
     for x_t in x.unbind(1):
         z, v = torch.sigmoid(x_t @ W_z.T), x_t @ W_h.T
         h = (1 - z) * h + z * torch.where(v > 0, v + 0.5, torch.sigmoid(v))
@@ -189,17 +188,16 @@ def mingru_by_hand(gru, x, h0):
 def test_mingru_computes_its_equations_in_value_and_gradient_at_once_and_step_by_step(with_h0, reverse):
     for T, size, expansion in ((1, 1, 2), (2, 1, 2), (3, 0, 2), (12, 1, 1), (13, 1, 1.5), (37, 1, 2), (1009, 1, 2)):
         gru = MinGRU(6, expansion).double()
-        x = (size * torch.randn(2, T, 6, dtype=torch.float64)).requires_grad_()  # of size 0 it is where g has its kink
-        h0 = torch.rand(2, gru.hidden, dtype=torch.float64, requires_grad=True) if with_h0 else None
-        y, states = mingru_by_hand(gru, x.flip(1) if reverse else x, h0)
-        expected = with_gradients([y.flip(1) if reverse else y, states[:, -1]], [x, h0, *gru.parameters()])
+        x = (size * torch.randn(2, T, 6).double()).requires_grad_()  # of size 0 it is where g has its kink
+        state = h0 = with_h0 * [torch.rand(2, gru.hidden, dtype=torch.float64, requires_grad=True)]
+        y, states = mingru_by_hand(gru, x.flip(1) if reverse else x, *h0)
+        expected = with_gradients([y.flip(1) if reverse else y, states[:, -1]], [x, *h0, *gru.parameters()])
         for gru.scan, tolerance in (("sequential", 1e-11), ("parallel", 1e-11), ("log", 1e-6)):
-            torch.testing.assert_close(with_gradients(gru(x, h0, reverse), [x, h0, *gru.parameters()]), expected,
-                                       rtol=tolerance, atol=tolerance, msg=lambda m: f"T = {T}, {gru.scan}: {m}")
-        state = h0
+            assert_close(with_gradients(gru(x, *h0, reverse=reverse), [x, *h0, *gru.parameters()]), expected,
+                         rtol=tolerance, atol=tolerance, msg=lambda m: f"T = {T}, {gru.scan}: {m}")
         for t in range(T):
-            y_t, state = gru.step(x[:, -1 - t if reverse else t], state)
-            torch.testing.assert_close((y_t, state), (y[:, t], states[:, t]))
+            y_t, *state = gru.step(x[:, -1 - t if reverse else t], *state)
+            assert_close((y_t, *state), (y[:, t], states[:, t]))
 
 
 def test_tensors_of_wrong_shapes_and_types_are_refused():
@@ -219,23 +217,10 @@ def test_tensors_of_wrong_shapes_and_types_are_refused():
     assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 5)  # no images are well-formed images
 
 
-@each_way
-def test_torch_func_differentiates_a_mingru_twice_in_reverse_mode(with_h0, reverse):
-    gru, loop = MinGRU(2).double(), MinGRU(2, scan="sequential").double()
-    loop.load_state_dict(gru.state_dict())
-    inputs = [torch.randn(1, 20, 2, dtype=torch.float64), torch.rand(1, 4, dtype=torch.float64)][:1 + with_h0]
-    every, jacrev, hessian = tuple(range(len(inputs))), torch.func.jacrev, torch.func.hessian
-
-    def loss(gru):
-        return lambda *inputs: sum(y.pow(3).sum() for y in gru(*inputs, reverse=reverse))
-    torch.testing.assert_close(jacrev(jacrev(loss(gru), every), every)(*inputs), hessian(loss(loop), every)(*inputs))
-    assert_refused("jvp", hessian(loss(gru)), *inputs, error=(NotImplementedError, RuntimeError))
-
-
 def test_torch_func_differentiates_a_scan_forward_and_a_model_for_each_image():
     a, b, h0 = random_coefficients(20, True)
     forward = [torch.func.jvp(scan, (a, b, h0), (b, a, h0))[1] for scan in (scan_parallel, scan_sequential)]
-    torch.testing.assert_close(*forward)
+    assert_close(*forward)
     model, x, y = VisionGRU(5, **SMALL).double(), torch.randn(3, 3, 40, 48).double(), torch.tensor([0, 1, 2])
     weights = dict(model.named_parameters())
 
@@ -244,14 +229,15 @@ def test_torch_func_differentiates_a_scan_forward_and_a_model_for_each_image():
     mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, x, y)
     for i in range(3):
         alone = torch.autograd.grad(F.cross_entropy(model(x[i:i + 1]), y[i:i + 1]), weights.values())
-        torch.testing.assert_close([gradient[i] for gradient in mapped.values()], list(alone))
+        assert_close([gradient[i] for gradient in mapped.values()], list(alone))
 
 
-@each_half
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @each_scan
-def test_2dgru_and_model_stay_finite_under_autocast_however_large_the_input(dtype, scan):
+def test_half_precision_accumulates_in_float32_and_stays_finite_however_large_the_input(dtype, scan):
+    model = VisionGRU(5, **SMALL, scan=scan)
     for network, shape, sizes in ((GRU2D(8, scan=scan), (2, 6, 7, 8), (0.0, 1e-6, 1.0, 1e3, 3e4)),
-                                  (VisionGRU(5, **SMALL, scan=scan), (2, 3, 64, 64), (0.0, 1.0, 1e3))):
+                                  (model, (2, 3, 64, 64), (0.0, 1.0, 1e3))):
         for size in sizes:
             x = (size * torch.randn(shape)).clamp(-6e4, 6e4).requires_grad_()
             with torch.autocast("cpu", dtype):
@@ -259,17 +245,12 @@ def test_2dgru_and_model_stay_finite_under_autocast_however_large_the_input(dtyp
             # The model normalises its input: its logits, and their gradients, do not grow with it.
             (y.float() / (1 if y.ndim == 2 else 1 + size)).mean().backward()
             assert all(t.isfinite().all() for t in [y, x.grad, *(p.grad for p in network.parameters())])
-
-
-@each_half
-def test_the_recurrence_accumulates_in_float32_and_half_models_take_images_of_any_type(dtype):
-    gru, x = MinGRU(4), torch.randn(1, 50, 4)
+    gru, x, images = MinGRU(4, scan=scan), torch.randn(1, 50, 4), torch.randn(1, 3, 32, 32)
     with torch.autocast("cpu", dtype):
-        (a, b), (y, h) = visiongru.coefficients(gru.in_proj(x)), gru(x)
+        (a, b), (y, h) = coefficients(gru.in_proj(x)), gru(x)
     assert a.dtype == b.dtype == h.dtype == torch.float32 and y.dtype == dtype
     y, h = gru.to(dtype)(x.to(dtype))
     assert h.dtype == torch.float32 and y.dtype == dtype
-    model, images = VisionGRU(5, **SMALL), torch.randn(1, 3, 32, 32)
     assert model(images.to(dtype)).dtype == model(images.double()).dtype == torch.float32
     logits = model.to(dtype)(images)
     assert logits.dtype == dtype and logits.isfinite().all()
@@ -383,35 +364,24 @@ def test_sizes_that_make_no_sense_are_refused_by_name(make, arguments, message):
 
 
 def test_stochastic_depth_grows_with_depth_and_activation_checkpointing_changes_memory_alone():
-    x, state = torch.randn(4, 3, 64, 64), VisionGRU(5, **MICRO).state_dict()
-    results, kept = [], []
+    x, plain, results, kept = torch.randn(4, 3, 64, 64), VisionGRU(5, **MICRO), [], []
     for grad_checkpointing in (False, True):
-        model = VisionGRU(5, **MICRO, drop_path=0.4, grad_checkpointing=grad_checkpointing)
-        model.load_state_dict(state)
+        model, tensors = VisionGRU(5, **MICRO, drop_path=0.4, grad_checkpointing=grad_checkpointing), []
+        model.load_state_dict(plain.state_dict())
         torch.manual_seed(1)
-        tensors = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
             y = model(x)
-        results.append(with_gradients([y], model.parameters()))
+        results.append(with_gradients([y], [*model.parameters()]))
         kept.append(sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values()))
-    assert all(torch.equal(value, expected) for value, expected in zip(*results)) and kept[1] < 0.5 * kept[0]
+    assert all(map(torch.equal, *results)) and kept[1] < 0.5 * kept[0]
     rates = [block.drop_path.p for stage in model.stages for block in stage]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4]) and not torch.equal(model(x), model(x))
-    plain = VisionGRU(5, **MICRO)
-    plain.load_state_dict(state)
     assert torch.equal(model.eval()(x), plain(x))  # off by default, and when it is not trained
 
 
 # Export and compile ---------------------------------------------------------------------------------------------------
 
 any_size = pytest.mark.skipif(torch.__version__ < "2.8", reason="needs PyTorch 2.8")
-SIDES = {2: torch.export.Dim("height", min=33, max=256), 3: torch.export.Dim("width", min=33, max=256)}
-
-
-def exported(model, x, sides=None):
-    """The program of torch.export for any number of images, and for any height and width if these `sides` are given."""
-    dynamic = {0: torch.export.Dim("batch"), **(sides or {})}
-    return torch.export.export(model.eval(), (x,), dynamic_shapes=(dynamic,), strict=False)
 
 
 @any_size
@@ -430,54 +400,47 @@ def test_an_exported_scan_is_the_loop_at_any_length_in_its_range_and_needs_a_ran
     for most, lengths in (70_000, (2, 63, 64, 65, 1009, 70_000)), (10_000_000, (2, 1009)):
         program = export(most)
         for inputs in map(slow, lengths):
-            torch.testing.assert_close(program(*inputs), Scans()(*inputs, scan_sequential))
+            assert_close(program(*inputs), Scans()(*inputs, scan_sequential))
     assert_refused("no upper bound: give its torch.export.Dim a max", export, None, error=ValueError)
 
 
-def assert_runs_as_onnx(model, program, images, folder):
-    """The ONNX file's logits differ from the model's by less than 1e-4 of their deviation."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
-    torch.onnx.export(program, dynamo=True, optimize=False, verbose=False).save(folder / "model.onnx")
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    for x in images:
-        with torch.no_grad():
-            expected = model(x)
-        logits = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
-        assert logits.shape == expected.shape and (logits - expected).abs().max() < 1e-4 * expected.std()
-
-
-@pytest.mark.parametrize("size, sides, shapes", [
-    ((32, 40), {}, [(1, 3, 32, 40), (5, 3, 32, 40)]),
-    pytest.param((40, 64), SIDES, [(1, 3, 33, 50), (2, 3, 40, 64), (3, 3, 97, 130), (1, 3, 256, 200)],
-                 marks=any_size),  # 117 to 3,200 elements
-], ids=["one size", "any size"])
-@process
-def test_exported_models_run_in_onnxruntime_and_as_pt2_files_where_visiongru_is_unknown(size, sides, shapes, tmp_path):
-    model, images = VisionGRU(5, **SMALL), [torch.randn(shape) for shape in shapes]
+def model_with_short_export():
+    model = VisionGRU(5, **SMALL)
     for stage in model.stages[1:]:
         stage[0].gru = torch.nn.Identity()  # the longest scans, of stage 1, are enough: each takes seconds
-    program = exported(model, torch.randn(2, 3, *size), sides)
+    return model
+
+
+@pytest.mark.parametrize("make, sides, shapes", [
+    pytest.param(model_with_short_export, (), [(1, 3, 32, 40), (5, 3, 32, 40)], id="one size"),
+    pytest.param(model_with_short_export, ("height", "width"),  # 117 to 3,200 elements
+                 [(1, 3, 33, 50), (2, 3, 40, 64), (3, 3, 97, 130), (1, 3, 256, 200)], marks=any_size, id="any size"),
+    *(pytest.param(make, (), [(1, 3, 224, 224), (3, 3, 224, 224)], marks=pytest.mark.slow, id=f"{name} at 224_px")
+      for name, make in {"nano": visiongru_nano, "tiny": visiongru_tiny,
+                         "upernet": lambda: UPerNet(visiongru_nano(), 7, 64, 32)}.items())])
+@process
+def test_exported_models_run_in_onnxruntime_and_as_pt2_files_where_visiongru_is_unknown(make, sides, shapes, tmp_path):
+    model, images, example = make().eval(), [torch.randn(shape) for shape in shapes], torch.randn(2, *shapes[1][1:])
+    dynamic = {0: torch.export.Dim("batch")}
+    dynamic |= {axis: torch.export.Dim(side, min=33, max=256) for axis, side in enumerate(sides, start=2)}
+    program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,), strict=False)
     torch.export.save(program, tmp_path / "model.pt2")
     torch.save(images, tmp_path / "images.pt")
-    with subprocess.Popen([sys.executable, "-c", """if True:
-            import sys, torch
-            sys.modules["visiongru"] = None  # to import it is an error
-            model = torch.export.load("model.pt2").module()
-            torch.save([model(x) for x in torch.load("images.pt")], "logits.pt")
-            assert "torchvision" not in sys.modules"""], cwd=tmp_path) as elsewhere:
-        try:
-            assert_runs_as_onnx(model, program, images, tmp_path)
-        finally:  # where there is no onnxruntime too
-            assert elsewhere.wait() == 0
-            torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), [model(x) for x in images])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [visiongru_nano, visiongru_tiny, lambda: UPerNet(visiongru_nano(), 7, 64, 32)],
-                         ids=["nano", "tiny", "upernet"])
-def test_onnxruntime_gives_the_logits_at_224_px(make, tmp_path):
-    model, images = make(), [torch.randn(count, 3, 224, 224) for count in (1, 3)]
-    assert_runs_as_onnx(model, exported(model, torch.randn(2, 3, 224, 224)), images, tmp_path)
+    subprocess.run([sys.executable, "-c", """if True:
+        import sys, torch
+        sys.modules["visiongru"] = None  # to import it is an error
+        model = torch.export.load("model.pt2").module()
+        torch.save([model(x) for x in torch.load("images.pt")], "logits.pt")
+        assert "torchvision" not in sys.modules"""], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        expected = [model(x) for x in images]
+    assert_close(torch.load(tmp_path / "logits.pt"), expected)
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
+    torch.onnx.export(program, dynamo=True, optimize=False, verbose=False).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for x, y in zip(images, expected):
+        logits = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        assert logits.shape == y.shape and (logits - y).abs().max() < 1e-4 * y.std()
 
 
 @pytest.mark.slow
@@ -488,7 +451,7 @@ def test_the_readmes_lines_on_compiling_and_exporting_run(tmp_path, monkeypatch)
     exec(section.split("```python")[1].split("```")[0], names)
     program = torch.export.load("tiny.pt2").module()
     x = torch.randn(3, 3, 224, 224)
-    torch.testing.assert_close(program(x), names["model"](x), rtol=1e-4, atol=1e-4)
+    assert_close(program(x), names["model"](x), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "tiny.onnx").stat().st_size > 1e6
 
 
@@ -510,7 +473,7 @@ def test_a_compiled_mingru_is_the_eager_one_in_few_kernels(amp, T, reverse):
     for value, expected in zip(*results):
         scale = expected.detach().float().abs().max()
         # bf16's products and sums round to 8 bits, and not the same ones
-        torch.testing.assert_close(value / scale, expected / scale, rtol=0, atol=2**-6 if amp else 1e-6)
+        assert_close(value / scale, expected / scale, rtol=0, atol=2**-6 if amp else 1e-6)
     assert 0 < forward <= 14 and torch._inductor.metrics.generated_kernel_count <= 32
 
 
@@ -597,7 +560,7 @@ def test_upernets_decoder_computes_what_its_docstring_says():
     p2 = head.lateral_convs[1](m2) + to(p3, m2)
     p1 = head.lateral_convs[0](m1) + to(p2, m1)
     finest = [to(x, p1) for x in (*(conv(p) for conv, p in zip(head.fpn_convs, (p1, p2, p3))), p4)]
-    torch.testing.assert_close(head([m1, m2, m3, m4]), head.conv_seg(head.fpn_bottleneck(torch.cat(finest, 1))))
+    assert_close(head([m1, m2, m3, m4]), head.conv_seg(head.fpn_bottleneck(torch.cat(finest, 1))))
 
 
 def test_a_decoder_for_other_classes_is_left_alone_with_two_messages_and_none_is_an_error():
@@ -865,12 +828,12 @@ def test_the_loss_is_a_mean_over_all_pixels_and_none_of_a_crop_without_labels():
     logits, masks = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (2, 4, 4))
     masks[0] = 255
     by_hand = -logits.log_softmax(1).gather(1, masks.clamp(max=2)[:, None])[1].sum() / 32
-    torch.testing.assert_close(segment.segmentation_loss((logits, logits), masks), 1.4 * by_hand)
+    assert_close(segment.segmentation_loss((logits, logits), masks), 1.4 * by_hand)
     data = type("Data", (list,), {"classes": "abc"})([(None, torch.tensor([0] * 99 + [255] * 9 + [1] * 24))])
     weights = segment.balanced_weights(data, 0.5)
-    torch.testing.assert_close(weights, torch.tensor([0.1, 0.2, 1.0]) * 126 / (100 * 0.1 + 25 * 0.2 + 1))
+    assert_close(weights, torch.tensor([0.1, 0.2, 1.0]) * 126 / (100 * 0.1 + 25 * 0.2 + 1))
     scaled = segment.segmentation_loss((logits, logits), masks.clamp(min=2), weights)  # class 2 and ignored alone
-    torch.testing.assert_close(scaled, weights[2] * segment.segmentation_loss((logits, logits), masks.clamp(min=2)))
+    assert_close(scaled, weights[2] * segment.segmentation_loss((logits, logits), masks.clamp(min=2)))
     nothing = segment.segmentation_loss((logits, logits), torch.full_like(masks, 255))
     assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].abs().max() == 0
 
@@ -893,7 +856,7 @@ def test_the_scripts_compile_parts_of_one_shape_once_and_validate_without(monkey
         torch.manual_seed(1)  # the decoder's dropout
         logits, auxiliary = model(x)
         results.append([logits, *torch.autograd.grad((logits + auxiliary).square().mean(), list(model.parameters()))])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
     assert stats["unique_graphs"] == 9  # a stem, a block for each stage, three downsamplings, the auxiliary head
     loader = [(torch.randn(1, 3, 40, 72), torch.zeros(1, 40, 72).byte())]
     segment.evaluate(compiled, loader, train.Distributed(), lambda images: images)
@@ -909,8 +872,8 @@ def picture_folder(root, train_classes, val_classes):
         for k, (name, count) in enumerate(classes.items()):
             (root / split / name).mkdir()
             for i in range(count):
-                pixels = torch.randint(0, 150, (40, 36, 3), generator=torch.Generator().manual_seed(100 * k + i % 17),
-                                       dtype=torch.uint8)
+                chance = torch.Generator().manual_seed(100 * k + i % 17)
+                pixels = torch.randint(0, 150, (40, 36, 3), generator=chance, dtype=torch.uint8)
                 pixels[..., k] += 100
                 Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.png")
     return root
@@ -937,18 +900,14 @@ def streets(tmp_path_factory):
     return root
 
 
-def arguments(data, out, *more):
-    return [str(word) for word in (
-        "--data", data, "--out", out, "--model", "nano", "--img-size", 32, "--epochs", 2, "--batch-size", 8,
-        "--lr", 1e-3, "--warmup-epochs", 0.5, "--model-ema-decay", 0.9, "--drop-path", 0.2, "--device", "cpu",
-        "--workers", 0, *more)]
+def arguments(data, out, *more, recipe="--img-size 32 --epochs 2 --batch-size 8 --warmup-epochs 0.5 "
+                                       "--model-ema-decay 0.9"):
+    shared = "--model nano --lr 1e-3 --drop-path 0.2 --device cpu --workers 0"
+    return [str(word) for word in ("--data", data, "--out", out, *shared.split(), *recipe.split(), *more)]
 
 
-def seg_arguments(data, out, *more):
-    return [str(word) for word in (
-        "--data", data, "--out", out, "--model", "nano", "--channels", 16, "--aux-channels", 8, "--crop-size", 32,
-        "--short-side", 40, "--iters", 6, "--eval-every", 3, "--warmup-iters", 2, "--batch-size", 4, "--lr", 1e-3,
-        "--drop-path", 0.2, "--device", "cpu", "--workers", 0, *more)]
+seg_arguments = functools.partial(arguments, recipe="--channels 16 --aux-channels 8 --crop-size 32 --short-side 40 "
+                                                    "--iters 6 --eval-every 3 --warmup-iters 2 --batch-size 4")
 
 
 def started(command):
@@ -1033,11 +992,8 @@ def alone(module, finished, segmented):
 both_scripts = pytest.mark.parametrize("module", [train, segment], ids=["train", "segment"])
 
 
-def micro_model(**kw):
-    """A model that trains in a moment, in place of every one that the scripts know in this process and forked ones."""
-    return VisionGRU(dim=8, depths=(1, 1, 1, 1), **kw)
-
-
+# A model that trains in a moment, in place of every one that the scripts know in this process and forked ones.
+micro_model = functools.partial(VisionGRU, dim=8, depths=(1, 1, 1, 1))
 train.MODELS.update(dict.fromkeys(train.MODELS, micro_model))
 
 
@@ -1046,6 +1002,8 @@ train.MODELS.update(dict.fromkeys(train.MODELS, micro_model))
 def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, out, monkeypatch, capsys):
     clock = itertools.count(0, 25)  # seconds from one look to the next
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    assert train.peak_memory(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.cpu, "max_memory_allocated", lambda: 3 * 2**29, raising=False)  # as accelerators have
     steps, gently, classes, keys = {
         train: ([6, 12, 18, 24, 30, 36], "--epochs 6 --lr 4e-3 --mixup 0 --cutmix 0 --randaug 0 0 --reprob 0",
                 ["ant", "bee", "cat"], {"top1", "top5", "ema_top1", "ema_top5"}),
@@ -1054,6 +1012,7 @@ def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, 
     assert module.main(words("--drop-path", 0, *gently.split())) == 0
     printed, log, best = capsys.readouterr().out, history(out), train.load_checkpoint(out / "best.pt")
     assert [entry["step"] for entry in log] == steps and keys | {"loss", "lr", "images_per_s"} <= log[0].keys()
+    assert all(entry["GiB"] == 1.5 for entry in log)
     if module is train:
         assert [entry["epoch"] for entry in log] == [1, 2, 3, 4, 5, 6] and max(entry["top1"] for entry in log) > 90
         better = load_weights(micro_model(num_classes=3), best[best["better"]])
@@ -1097,14 +1056,6 @@ def test_distributed_validation_of_an_odd_number_of_images_is_that_of_one_proces
     assert segment.main(words) == 0
     by_one = capsys.readouterr().out
     assert f"{segment.summary(history(out)[-1])} (5 images)" in by_one and "red" in by_one
-
-
-def test_the_peak_memory_of_an_accelerator_is_logged(monkeypatch):
-    class Card:
-        max_memory_allocated = staticmethod(lambda: 3 * 2**29)
-    assert train.peak_memory(torch.device("cpu")) == {}
-    monkeypatch.setattr(torch, "get_device_module", lambda device: Card)
-    assert train.peak_memory(torch.device("cuda")) == {"GiB": 1.5}
 
 
 # -k options: the user's mistakes --------------------------------------------------------------------------------------
@@ -1201,10 +1152,7 @@ FOLDERS = {  # by the names in the table below: how many pictures of each class 
     (train, "--data {three} --out {three}/train/run", "--out .*/three/train/run is inside the data, .*/three/train;"),
 ])
 def test_options_that_make_no_sense_are_refused(module, more, message, words, out, finished, segmented, tmp_path):
-    folders = {name: tmp_path / name for name in FOLDERS}
-    for name in FOLDERS:
-        if f"{{{name}}}" in more:
-            picture_folder(folders[name], *FOLDERS[name])
+    folders = {name: picture_folder(tmp_path / name, *counts) for name, counts in FOLDERS.items()}
     given = more.format(finished=finished, segmented=segmented, **folders).split()
     assert_refused(message, module.main, given[1:] if given[0] == "only" else words(*given))
     assert not out.exists()
@@ -1445,28 +1393,23 @@ def test_resume_in_another_folder_in_fp16_skips_gradients_that_overflow(finished
 
 
 @both_scripts
-def test_signals_during_validation_end_it_and_a_resumed_run_begins_with_it(module, words, alone, out, monkeypatch):
-    plain, seen = module.eval_transform, []
+def test_signals_during_a_step_and_during_validation_stop_them_and_are_resumed(module, words, alone, out, monkeypatch):
+    train_step, eval_transform, seen = train.train_step, module.eval_transform, []
 
     def told(*args, **kw):
-        transform = plain(*args, **kw)
+        transform = eval_transform(*args, **kw)
         return lambda *item: (seen.append(1), signal.raise_signal(signal.SIGTERM), transform(*item))[2]
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
+        run.step == 1 and signal.raise_signal(signal.SIGTERM), train_step(run, *rest)))
+    assert module.main(words()) == 128 + signal.SIGTERM
+    assert train.load_checkpoint(out / "last.pt")["step"] in (2, 3)  # at most one more is taken
     monkeypatch.setattr(module, "eval_transform", told)
     monkeypatch.setattr(train.os, "_exit", lambda status: None)  # the signal comes again for each image of a batch
-    assert module.main(words()) == 128 + signal.SIGTERM
+    assert module.main(words("--resume", "auto")) == 128 + signal.SIGTERM
     assert len(seen) == {train: 8, segment: 1}[module] and not (out / "log.jsonl").exists()  # one batch
-    monkeypatch.setattr(module, "eval_transform", plain)
-    assert module.main(words("--resume", "auto")) == 0
+    monkeypatch.setattr(module, "eval_transform", eval_transform)
+    assert module.main(words("--resume", "auto")) == 0  # begins with the validation
     assert_same_end(out, alone)
-
-
-@both_scripts
-def test_signals_during_a_step_let_it_and_at_most_one_more_end_and_save(module, words, out, monkeypatch):
-    plain = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
-        run.step == 1 and signal.raise_signal(signal.SIGTERM), plain(run, *rest)))
-    assert module.main(words()) == 128 + signal.SIGTERM
-    assert train.load_checkpoint(out / "last.pt")["step"] in (2, 3)
 
 
 def children(process):
@@ -1615,7 +1558,7 @@ def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, out, 
             end_of(agent)
     ours, theirs = (train.load_checkpoint(folder / "last.pt") for folder in (out, pair))
     for kind in "model", "ema":
-        torch.testing.assert_close(ours[kind], theirs[kind], rtol=0, atol=1e-5)
+        assert_close(ours[kind], theirs[kind], rtol=0, atol=1e-5)
 
 
 # -k cuda --------------------------------------------------------------------------------------------------------------
@@ -1628,13 +1571,13 @@ def cuda(devices):
 @each_way
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cuda_a_mingru_in_bf16_is_as_near_to_float64_as_on_a_cpu(compiled, with_h0, reverse, device="cuda"):
-    gru, x, h0 = MinGRU(16), torch.randn(2, 3136, 16), torch.rand(2, 32) if with_h0 else None
+    gru, given = MinGRU(16), [torch.randn(2, 3136, 16), torch.rand(2, 32)][:1 + with_h0]
 
     def results(device, dtype, amp, network=lambda gru: gru):
         module = copy.deepcopy(gru).to(device, dtype)
-        inputs = [t if t is None else t.to(device, dtype).requires_grad_() for t in (x, h0)]
+        inputs = [t.to(device, dtype).requires_grad_() for t in given]
         with torch.autocast(device, torch.bfloat16, enabled=amp):
-            values = with_gradients(network(module)(*inputs, reverse), [*inputs, *module.parameters()])
+            values = with_gradients(network(module)(*inputs, reverse=reverse), [*inputs, *module.parameters()])
         return [value.double().cpu() for value in values]
     exact, half = results("cpu", torch.float64, False), results("cpu", torch.float32, True)
     seen = results(device, torch.float32, True, torch.compile if compiled else lambda gru: gru)
@@ -1671,7 +1614,7 @@ def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(m
     else:
         one, two = (train.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in "12")
         for name in [name for name in one if "running_" in name]:  # of batches of 4 images, not of 2
-            torch.testing.assert_close(two[name], one[name], rtol=0.01, atol=1e-4)
+            assert_close(two[name], one[name], rtol=0.01, atol=1e-4)
 
 
 # -k reproducible: the same result in any shape of the machine ---------------------------------------------------------
@@ -1808,10 +1751,6 @@ def exif(orientation):
     return data
 
 
-def jpeg(**options):
-    return bytes(train.encoded(two_colours("RGB").save, format="JPEG", quality=95, **options))
-
-
 def header(width, height, bits=8, kind=2, rows=b""):
     """A PNG file that is nothing but its beginning, or has these rows."""
     def chunk(kind, data):
@@ -1820,6 +1759,7 @@ def header(width, height, bits=8, kind=2, rows=b""):
             + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
+JPEG = bytes(train.encoded(two_colours("RGB").save, format="JPEG", quality=95))
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
 # PIL's reader of IPTC opens what lies in the last field with all its readers, and that of EPS runs Ghostscript.
 IPTC = b"".join(struct.pack(">BBBH", 28, *field, len(data)) + data for field, data in [
@@ -1854,7 +1794,7 @@ IMAGES = {
                             {(15, 5): RED, (5, 5): BLUE}),
     "turned 3.png":        (two_colours("RGB"), {"exif": exif(3)}, *TURNED),
     "mirrored 4.jpg":      (two_colours("RGB"), {"exif": exif(4), "quality": 95}, *TURNED),
-    "bad exif.jpg":        (jpeg(exif=b"Exif\0\0" + bytes(range(60))), None, (40, 20), {(5, 5): RED}),
+    "bad exif.jpg":        (two_colours("RGB"), {"exif": b"Exif\0\0" + bytes(range(60))}, (40, 20), {(5, 5): RED}),
     # Of an animation the first frame.
     "gif.gif":             (two_colours("RGB"), FRAMES, *UPRIGHT),
     "animated.png":        (two_colours("RGB"), FRAMES, *UPRIGHT),
@@ -1868,12 +1808,12 @@ IMAGES = {
     "huge.png":            (header(60_000, 60_000), None, r"3600000000 pixels\) exceeds limit", None),
     "empty.jpg":           (b"", None, "cannot identify image file", None),
     "text.jpg":            (b"a holiday picture\n" * 9, None, "cannot identify image file", None),
-    "half.jpg":            (jpeg()[:len(jpeg()) // 2], None, "truncated|Truncated", None),
+    "half.jpg":            (JPEG[:len(JPEG) // 2], None, "truncated|Truncated", None),
     "header alone.png":    (header(40, 20), None, "truncated|broken|unrecognized|not enough", None),
     # A list says which formats are read; some of PIL's others hold programs.
     "program.jpg":         (EPS, None, "cannot identify image file", None),
     "program inside.jpg":  (IPTC, None, "cannot identify image file", None),
-    "camera.jfif":         (jpeg(), None, *UPRIGHT),
+    "camera.jfif":         (JPEG, None, *UPRIGHT),
     "targa.tga":           (two_colours("RGB"), {}, "cannot identify image file", None),
 }
 
