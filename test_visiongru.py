@@ -37,6 +37,7 @@ import os
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -563,13 +564,13 @@ def test_upernets_decoder_computes_what_its_docstring_says():
     assert_close(head([m1, m2, m3, m4]), head.conv_seg(head.fpn_bottleneck(torch.cat(finest, 1))))
 
 
-def test_a_decoder_for_other_classes_is_left_alone_with_two_messages_and_none_is_an_error():
-    classifier, source, model = VisionGRU(9, **MICRO), micro_upernet(5), micro_upernet(3)
-    assert same(load_weights(micro_upernet().backbone, classifier.state_dict()), classifier.state_dict())
-    assert_refused(r"no decoder; for the backbone alone: load_weights\(model.backbone", load_weights, model,
-                   classifier.state_dict(), error=ValueError)
-    without = {key: value for key, value in state_of(source).items() if "decode_head.conv" not in key}
-    assert_refused("missing: decode_head.conv_seg.weight", load_weights, model, without, error=ValueError)
+def test_upernet_takes_a_classifier_as_backbone_alone_and_keeps_a_decoder_for_other_classes_with_two_messages():
+    source, model, classifier = micro_upernet(5), micro_upernet(3), VisionGRU(9, **MICRO).state_dict()
+    assert same(load_weights(micro_upernet().backbone, classifier), classifier)
+    without_decoder = {key: value for key, value in state_of(source).items() if "decode_head.conv" not in key}
+    for state, message in ((classifier, r"no decoder; for the backbone alone: load_weights\(model.backbone"),
+                           (without_decoder, "missing: decode_head.conv_seg.weight")):
+        assert_refused(message, load_weights, model, state, error=ValueError)
     heads = {key: value for key, value in state_of(model).items() if "conv_seg." in key}
     with pytest.warns(UserWarning, match="5 classes instead of 3") as caught:
         load_weights(model, source.state_dict())
@@ -840,10 +841,9 @@ def test_the_loss_is_a_mean_over_all_pixels_and_none_of_a_crop_without_labels():
 
 @process
 def test_the_scripts_compile_parts_of_one_shape_once_and_validate_without(monkeypatch, capsys):
-    def compile_part(part, **kw):  # autograd's part of it takes time; for all but the head it is tested elsewhere
-        return plain(part, backend="aot_eager" if isinstance(part, FCNHead) else "eager", **kw)
-    plain = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_part)
+    plain = torch.nn.Module.compile  # autograd's part of it takes time; for all but the head it is tested elsewhere
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, **kw: plain(
+        part, backend="aot_eager" if isinstance(part, FCNHead) else "eager", **kw))
     torch._dynamo.reset()
     stats = torch._dynamo.utils.counters["stats"]
     stats.clear()
@@ -1031,14 +1031,12 @@ def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, 
 
 
 @pytest.mark.parametrize("module, more, prefix", [
-    (train, "--epochs 1 --weights ten.pt", ""), (segment, "--iters 1 --backbone-weights ten.pt", "backbone.")])
+    (train, "--epochs 1 --weights", ""), (segment, "--iters 1 --backbone-weights", "backbone.")])
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_fine_tuning_in_mixed_precision_starts_from_a_classifiers_weights(
-        module, more, prefix, amp, words, out, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    start = micro_model(num_classes=10).state_dict()
-    torch.save(start, "ten.pt")
-    assert module.main(words("--amp", amp, "--lr", 0, *more.split())) == 0
+def test_fine_tuning_in_fp16_or_bf16_starts_from_a_classifier(module, more, prefix, amp, words, out, tmp_path, capsys):
+    start, weights = micro_model(num_classes=10).state_dict(), tmp_path / "ten.pt"
+    torch.save(start, weights)
+    assert module.main(words("--amp", amp, "--lr", 0, *more.split(), weights)) == 0
     said = capsys.readouterr().out.count("a classifier for 10 classes instead of 3")
     assert said == (module is train) and math.isfinite(history(out)[0]["loss"])
     last = train.load_checkpoint(out / "last.pt")
@@ -1067,14 +1065,13 @@ def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_
     for name in "a/.hidden.png", ".ipynb_checkpoints/d.png", "a/camera.jfif", "b/deep/a.gif", "loose.png", "a/text.txt":
         (root / name).parent.mkdir(exist_ok=True)
         two_colours("RGB").save(root / name, "PNG")
-    args = train.parse_arguments(["--data", str(tmp_path)])
-    images = [(str(Path(path).relative_to(root)), label) for path, label in train.open_data(args, ["train"])[0].samples]
+    args, split = train.parse_arguments(["--data", str(tmp_path)]), ["train"]
+    images = [(str(Path(path).relative_to(root)), label) for path, label in train.open_data(args, split)[0].samples]
     assert images == [("a/0.png", 0), ("a/1.png", 0), ("a/camera.jfif", 0), ("b/0.png", 1), ("b/deep/a.gif", 1)]
     assert re.fullmatch("note: 1 .*a/text.txt\nnote: 1 .*/loose.png\n", capsys.readouterr().out)
     for make in os.mkfifo, lambda path: path.symlink_to("absent"):
         make(bad := root / "a" / "x.png")
-        assert_refused("a/x.png is a pipe, a device or a broken link; expected a file",
-                       train.open_data, args, ["train"])
+        assert_refused("a/x.png is a pipe, a device or a broken link; expected a file", train.open_data, args, split)
         assert_refused("cannot read the image .*a/x.png: ", train.read_image, bad)
         bad.unlink()
 
@@ -1229,11 +1226,7 @@ def crash(main, words, out, moments):
         if moment == "writing":
             os.mkfifo(out / "last.pt.tmp")  # what is written there waits until somebody reads it
             reader = os.open(out / "last.pt.tmp", os.O_RDONLY | os.O_NONBLOCK)
-
-            def bytes_of_a_checkpoint():
-                with contextlib.suppress(BlockingIOError):
-                    return os.read(reader, 1000)
-            wait_for(bytes_of_a_checkpoint, process)
+            wait_for(lambda: select.select([reader], [], [], 0)[0] and os.read(reader, 1000), process)
         number = getattr(signal, str(moment), signal.SIGKILL)
         os.kill(process.pid, number)
         process.join(100)
@@ -1329,8 +1322,7 @@ def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_i
     ("best.pt", lambda path, other: shutil.copy(other, path), "best.pt was trained on other classes"),
     ("last.pt", lambda path, other: path.symlink_to("/absent/l.pt"), "cannot open the checkpoint /absent/l.pt: No "),
 ], ids=["damaged", "not mounted", "another run's", "last.pt not mounted"])
-def test_resume_knows_what_best_pt_holds_and_where_a_link_leads(
-        name, harm, message, finished, segmented, pictures, out):
+def test_resume_knows_what_best_pt_holds_and_where_links_lead(name, harm, message, finished, segmented, pictures, out):
     shutil.copytree(finished, out)
     (out / name).unlink()
     harm(out / name, segmented / "best.pt")
@@ -1342,23 +1334,19 @@ def test_resume_knows_what_best_pt_holds_and_where_a_link_leads(
     assert found() == before
 
 
-def test_resume_without_best_pt_validates_again_to_write_another(finished, pictures, out, capsys):
-    shutil.copytree(finished, out)
-    (out / "best.pt").unlink()
-    assert train.main(arguments(pictures, out, "--resume", "auto")) == 0
-    assert comparable(history(out)) == comparable(history(finished))
-    best, score = train.load_checkpoint(out / "best.pt"), max(history(out)[-1][key] for key in ("top1", "ema_top1"))
-    assert best["best"] == score and f"has top-1 {score:.2f} %" in capsys.readouterr().out
-
-
 @both_scripts
-def test_resume_with_other_files_of_the_same_names_is_refused(module, words, alone, out, pictures, streets, tmp_path):
-    data, kind, names = {train: (pictures, "training", "train/ant/*"),
-                         segment: (streets, "validation", "annotations/validation/*")}[module]
+def test_resume_without_best_pt_writes_another_and_with_other_files_of_the_same_names_is_refused(
+        module, words, alone, out, pictures, streets, tmp_path, capsys):
+    data, kind, names, keys = {train: (pictures, "training", "train/ant/*", ["top1", "ema_top1"]),
+                               segment: (streets, "validation", "annotations/validation/*", ["miou"])}[module]
     shutil.copytree(data, copy := tmp_path / "data")
     shutil.copytree(alone, out)
+    (out / "best.pt").unlink()
     words = words("--resume", "auto", "--data", copy)
-    assert module.main(words) == 0  # the same files elsewhere
+    assert module.main(words) == 0  # the same files elsewhere: it validates again
+    assert comparable(history(out)) == comparable(history(alone))
+    best, score = train.load_checkpoint(out / "best.pt"), max(history(out)[-1][key] for key in keys)
+    assert best["best"] == score and re.search(f"has (top-1|mIoU) {score:.2f}", capsys.readouterr().out)
     first, second, *_ = copy.glob(names)
     first.rename(tmp_path / "first"), second.rename(first), (tmp_path / "first").rename(second)
     assert_refused(f"contents-of-{kind}-files was [0-9a-f]+ and is now", module.main, words)
@@ -1433,8 +1421,7 @@ def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_i
 
 @pytest.mark.parametrize("module, use", [(train, "--eval --data {pictures}"), (segment, "--eval --data {streets}"),
                                          (train, "--predict {pictures}/val/ant/0.png")])
-def test_pipes_a_result_that_cannot_be_written_is_an_error(
-        module, use, alone, pictures, streets, monkeypatch, capsys):
+def test_pipes_a_result_that_cannot_be_written_is_an_error(module, use, alone, pictures, streets, monkeypatch, capsys):
     use = use.format(pictures=pictures, streets=streets).split()
     with open("/dev/full", "w") as full, monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
         patch.setattr(sys, "stdout", full)
@@ -1563,11 +1550,11 @@ def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, out, 
 
 # -k cuda --------------------------------------------------------------------------------------------------------------
 
-def cuda(devices):
-    return pytest.mark.skipif(torch.cuda.device_count() < devices, reason=f"needs CUDA devices: {devices}")
+one_gpu, two_gpus = (pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs CUDA devices: {count}")
+                     for count in (1, 2))
 
 
-@cuda(1)
+@one_gpu
 @each_way
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cuda_a_mingru_in_bf16_is_as_near_to_float64_as_on_a_cpu(compiled, with_h0, reverse, device="cuda"):
@@ -1585,7 +1572,7 @@ def test_cuda_a_mingru_in_bf16_is_as_near_to_float64_as_on_a_cpu(compiled, with_
         assert (value - reference).norm() <= 2 * (other - reference).norm()
 
 
-@cuda(1)
+@one_gpu
 @both_scripts
 @process
 def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_evaluates_there(
@@ -1600,7 +1587,7 @@ def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_evaluates_there
     assert module.main(["--eval", *weights, *words()[:2], "--device", "cpu"]) == 0
 
 
-@cuda(2)
+@two_gpus
 @both_scripts
 @process
 def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(module, words, tmp_path, device="cuda"):
@@ -1796,10 +1783,8 @@ IMAGES = {
     "mirrored 4.jpg":      (two_colours("RGB"), {"exif": exif(4), "quality": 95}, *TURNED),
     "bad exif.jpg":        (two_colours("RGB"), {"exif": b"Exif\0\0" + bytes(range(60))}, (40, 20), {(5, 5): RED}),
     # Of an animation the first frame.
-    "gif.gif":             (two_colours("RGB"), FRAMES, *UPRIGHT),
-    "animated.png":        (two_colours("RGB"), FRAMES, *UPRIGHT),
+    **{name: (two_colours("RGB"), FRAMES, *UPRIGHT) for name in ("gif.gif", "animated.png", "pages.tif")},
     "webp.webp":           (two_colours("RGB"), {**FRAMES, "lossless": True}, *UPRIGHT),
-    "pages.tif":           (two_colours("RGB"), FRAMES, *UPRIGHT),
     # Any size that memory can hold.
     "one pixel.png":       (Image.new("RGB", (1, 1), "red"), {}, (1, 1), {(0, 0): RED}),
     "long.png":            (two_colours("RGB", (5000, 8)), {}, (5000, 8), {(4999, 0): RED, (0, 7): BLUE}),
