@@ -268,19 +268,8 @@ def release_names(model):
     return re.sub(r"downsamples\.(.)\.(\w+)", lambda m: f"snake_gru.{m[2]}{int(m[1]) + 1}", names).split("\n")
 
 
-def release_state(model):
-    """A state dict under the release's names, each value made from its parameter's name."""
-    state = {}
-    for name, value in zip(release_names(model), model.state_dict().values()):
-        t = torch.sin(0.7 * torch.arange(value.numel(), dtype=torch.float64) + sum(map(ord, name))).view(value.shape)
-        scale = 0.1 if value.ndim == 1 else math.sqrt(2 / value[0].numel())
-        offset = 1 if value.ndim == 1 and not name.endswith("bias") else 0
-        state[name] = (offset + scale * t).float()
-    return state
-
-
-# What the authors' code computes in float64 for `release_state` and the images of the test below: mean, standard
-# deviation, and the values at eight places spread evenly over the flat result.
+# What the authors' code computes in float64 for the weights and images of the test below: mean, standard deviation, and
+# the values at eight places spread evenly over the flat result.
 GOLDEN = {  # for the model, its classes (None: the four stages' maps in place of the logits) and the images' shape
     ("micro", 10, (2, 3, 64, 64)): [
         [-0.5298888, 3.019635, -0.6758669, -4.529035, 4.072605, -1.787238, -0.2224777, -2.390919, 3.864772, -3.568216]],
@@ -302,8 +291,13 @@ GOLDEN = {  # for the model, its classes (None: the four stages' maps in place o
 @pytest.mark.parametrize("case", GOLDEN, ids=str)
 def test_the_authors_weights_give_the_authors_logits_and_features(case):
     name, classes, shape = case
-    model = VisionGRU(classes or 1000, **(MICRO if name == "micro" else {})).double()
-    load_weights(model, release_state(model))
+    model, weights = VisionGRU(classes or 1000, **(MICRO if name == "micro" else {})).double(), {}
+    for key, value in zip(release_names(model), model.state_dict().values()):
+        wave = torch.sin(0.7 * torch.arange(value.numel(), dtype=torch.float64) + sum(map(ord, key))).view(value.shape)
+        scale = 0.1 if value.ndim == 1 else math.sqrt(2 / value[0].numel())
+        offset = 1 if value.ndim == 1 and not key.endswith("bias") else 0
+        weights[key] = (offset + scale * wave).float()
+    load_weights(model, weights)
     i = torch.arange(math.prod(shape), dtype=torch.float64)
     images = (torch.sin(0.013 * i) + torch.cos(0.00071 * i)).float().double().view(shape)
     with torch.no_grad():
@@ -1340,15 +1334,6 @@ def test_resume_without_best_pt_writes_another_and_with_other_files_of_the_same_
     assert_refused(f"contents-of-{kind}-files was [0-9a-f]+ and is now", module.main, words)
 
 
-def test_resume_with_more_epochs_takes_the_rates_of_the_new_schedule(finished, pictures, out, monkeypatch):
-    rates, train_step = {}, train.train_step
-    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
-        rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), train_step(run, *rest)))
-    shutil.copytree(finished, out)
-    assert train.main(arguments(pictures, out, "--epochs", 3, "--resume", "auto")) == 0
-    assert rates == {step: 1e-3 * train.warmup_cosine(step, 18, 3) for step in range(12, 18)}
-
-
 def test_resume_with_other_iters_and_validations_goes_on_from_the_last_step(streets, out):
     for iters, eval_every, validated in (5, 3, [3, 5]), (5, 2, [3, 5]), (9, 2, [3, 5, 6, 8, 9]):
         more = "--iters", iters, "--eval-every", eval_every, "--resume", "auto"
@@ -1356,11 +1341,15 @@ def test_resume_with_other_iters_and_validations_goes_on_from_the_last_step(stre
         assert [line["step"] for line in history(out)] == validated
 
 
-def test_resume_in_another_folder_in_fp16_skips_gradients_that_overflow(finished, pictures, tmp_path):
-    before, out = train.load_checkpoint(finished / "last.pt"), tmp_path / "to"
+def test_resume_elsewhere_with_more_epochs_in_fp16_takes_their_rates_and_skips_gradients_that_overflow(
+        finished, pictures, out, tmp_path, monkeypatch):
+    rates, train_step, before = {}, train.train_step, train.load_checkpoint(finished / "last.pt")
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
+        rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), train_step(run, *rest)))
     torch.save(before | {"scaler": {"scale": 2.0**30, "_growth_tracker": 0}}, tmp_path / "from.pt")
     words = "--amp", "fp16", "--epochs", 6, "--resume", tmp_path / "from.pt"
     assert train.main(arguments(pictures, out, *words)) == 0
+    assert rates == {step: 1e-3 * train.warmup_cosine(step, 36, 3) for step in range(12, 36)}
     after = train.load_checkpoint(out / "last.pt")
     assert 2.0**8 < after["scaler"]["scale"] < 2.0**28  # some steps were skipped, and others not
     assert not torch.equal(after["model"]["head.weight"], before["model"]["head.weight"])
@@ -1711,13 +1700,6 @@ def two_colours(mode, size=(40, 20)):
     return image.convert(mode)
 
 
-def transparent(mode):
-    """A quarter of the way from black to the paper, and the paper."""
-    image = Image.new("RGBA", (4, 4), (0, 0, 0, 191))
-    image.paste((0, 0, 0, 0), (0, 0, 2, 4))
-    return image.convert(mode)
-
-
 def exif(orientation):
     data = Image.Exif()
     data[0x0112] = orientation
@@ -1737,6 +1719,8 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
 # PIL's reader of IPTC opens what lies in the last field with all its readers, and that of EPS runs Ghostscript.
 IPTC = b"".join(struct.pack(">BBBH", 28, *field, len(data)) + data for field, data in [
     ((3, 60), b"\1\0"), ((3, 20), b"\x09"), ((3, 30), b"\x09"), ((3, 120), b"\5"), ((8, 10), EPS)])
+GLASS = Image.new("RGBA", (4, 4), (0, 0, 0, 191))  # a quarter of the way from black to the paper, and the paper
+GLASS.paste((0, 0, 0, 0), (0, 0, 2, 4))
 RED, BLUE, WHITE = (254, 0, 0), (0, 0, 254), (255, 255, 255)
 FRAMES = dict(save_all=True, append_images=2 * [Image.new("RGB", (40, 20), "green")])
 UPRIGHT, TURNED = ((40, 20), {(5, 5): RED, (5, 15): BLUE}), ((40, 20), {(5, 5): BLUE, (5, 15): RED})
@@ -1752,8 +1736,8 @@ IMAGES = {
     "black and white.png": (Image.new("1", (3, 3), 1), {}, (3, 3), {(1, 1): (255, 255, 255)}),
     "cmyk.jpg":            (two_colours("CMYK"), {"quality": 95}, *UPRIGHT),
     # What is transparent lies on white.
-    "rgba.png":            (transparent("RGBA"), {}, *ON_WHITE),
-    "grey and alpha.png":  (transparent("LA"), {}, *ON_WHITE),
+    "rgba.png":            (GLASS, {}, *ON_WHITE),
+    "grey and alpha.png":  (GLASS.convert("LA"), {}, *ON_WHITE),
     "one colour out.png":  (two_colours("RGB"), {"transparency": (0, 0, 255)}, (40, 20), {(5, 5): RED, (5, 15): WHITE}),
     "palette, alpha.png":  (two_colours("P"), {"transparency": bytes([0] * 256)}, (40, 20), {(5, 5): (255, 255, 255)}),
     # 16 bits are cut to 8: a ramp stays a ramp.
