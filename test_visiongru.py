@@ -508,8 +508,7 @@ def test_of_a_checkpoint_the_better_of_model_and_ema_loads_and_of_an_averaged_mo
 def test_a_head_of_another_class_count_or_of_none_is_left_alone_with_one_message(names, prefix, decoder, classes):
     source, model = VisionGRU(5, **MICRO), VisionGRU(7, **MICRO)
     expected = state_of(source) | {key: value for key, value in state_of(model).items() if key.startswith("head.")}
-    state = {prefix + key: value for key, value in state_of(source, names).items()
-             if classes or not key.startswith("head.")}
+    state = {prefix + key: value for key, value in state_of(source, names).items() if classes or "head." not in key}
     if decoder:
         state["decode_head.conv_seg.weight"] = torch.zeros(3, 4, 1, 1)
     found = "a classifier for 5 classes instead of 7" if classes else "no classifier"
@@ -586,9 +585,8 @@ def test_the_authors_segmentation_checkpoints_load_into_upernet_and_its_backbone
 # Data: the built-in sets and the order of images ----------------------------------------------------------------------
 
 def test_a_built_in_image_depends_on_its_index_alone_and_its_mask_shows_the_shape():
-    for kind, splits in ((train.Shapes, ("train", "val")), (segment.Scenes, ("training", "validation"))):
-        image, again, other = (kind(split, length)[7][0] for split, length in
-                               ((splits[0], 20), (splits[0], 500), (splits[1], 20)))
+    for kind, first, second in (train.Shapes, "train", "val"), (segment.Scenes, "training", "validation"):
+        image, again, other = (kind(*given)[7][0] for given in ((first, 20), (first, 500), (second, 20)))
         assert image.tobytes() == again.tobytes() != other.tobytes()
     for shape in range(len(train.SHAPES)):
         image, mask = train.draw_scene([shape], 64, torch.Generator().manual_seed(shape))
@@ -947,18 +945,11 @@ def history(out):
 
 
 @pytest.fixture(scope="session")
-def finished(pictures, tmp_path_factory):
-    """A run left alone, with the whole recipe: every kind of randomness is on."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    assert train.main(arguments(pictures, out)) == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def segmented(streets, tmp_path_factory):
-    out = tmp_path_factory.mktemp("segmented") / "run"
-    assert segment.main(seg_arguments(streets, out)) == 0
-    return out
+def runs(pictures, streets, tmp_path_factory):
+    """For each script the folder of a run left alone, with the whole recipe: every kind of randomness is on."""
+    outs = {module: tmp_path_factory.mktemp(module.__name__) / "run" for module in (train, segment)}
+    assert train.main(arguments(pictures, outs[train])) == segment.main(seg_arguments(streets, outs[segment])) == 0
+    return outs
 
 
 @pytest.fixture
@@ -966,19 +957,16 @@ def out(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture(params=[train, segment], ids=["train", "segment"])
+def module(request):
+    """Both scripts, unless the test chooses."""
+    return request.param
+
+
 @pytest.fixture
 def words(module, pictures, streets, out):
-    """The arguments of a short run of the script `module`, to which a test adds its own."""
+    """The arguments of such a run of the script `module`, to which a test adds its own."""
     return functools.partial(*{train: (arguments, pictures), segment: (seg_arguments, streets)}[module], out)
-
-
-@pytest.fixture
-def alone(module, finished, segmented):
-    """That run, left alone."""
-    return {train: finished, segment: segmented}[module]
-
-
-both_scripts = pytest.mark.parametrize("module", [train, segment], ids=["train", "segment"])
 
 
 # A model that trains in a moment, in place of every one that the scripts know in this process and forked ones.
@@ -986,7 +974,6 @@ micro_model = functools.partial(VisionGRU, dim=8, depths=(1, 1, 1, 1))
 train.MODELS.update(dict.fromkeys(train.MODELS, micro_model))
 
 
-@both_scripts
 @process
 def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, out, monkeypatch, capsys):
     clock = itertools.count(0, 25)  # seconds from one look to the next
@@ -1137,9 +1124,9 @@ FOLDERS = {  # by the names in the table below: how many pictures of each class 
     (segment, "only --num-classes 3", "--num-classes"),  # without --data
     (train, "--data {three} --out {three}/train/run", "--out .*/three/train/run is inside the data, .*/three/train;"),
 ])
-def test_options_that_make_no_sense_are_refused(module, more, message, words, out, finished, segmented, tmp_path):
+def test_options_that_make_no_sense_are_refused(module, more, message, words, out, runs, tmp_path):
     folders = {name: picture_folder(tmp_path / name, *counts) for name, counts in FOLDERS.items()}
-    given = more.format(finished=finished, segmented=segmented, **folders).split()
+    given = more.format(finished=runs[train], segmented=runs[segment], **folders).split()
     assert_refused(message, module.main, given[1:] if given[0] == "only" else words(*given))
     assert not out.exists()
 
@@ -1252,9 +1239,9 @@ def contents(folder):
 
 @pytest.mark.parametrize("module, moments", [(train, [2, "SIGINT", "writing"]), (segment, [1, "SIGHUP"])])
 @process
-def test_resume_after_kills_and_signals_anywhere_ends_with_the_same_bits(module, moments, words, alone, out):
+def test_resume_after_kills_and_signals_anywhere_ends_with_the_same_bits(module, moments, words, runs, out):
     crash(module.main, words("--save-every", 1, "--workers", 1), out, moments)
-    assert_same_end(out, alone)
+    assert_same_end(out, runs[module])
 
 
 @pytest.mark.slow
@@ -1270,12 +1257,12 @@ def test_resume_after_twenty_kills_on_the_built_in_set(module, words, out, tmp_p
     assert_same_end(out, tmp_path / "alone")
 
 
-def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one(finished, pictures, tmp_path):
+def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one(runs, pictures, tmp_path):
     for name, *auto in ("last.pt",), ("best.pt", ("--resume", "auto")), ("log.jsonl", ("--resume", "auto")):
         out = tmp_path / name / "run"
         out.mkdir(parents=True)
         (out / name).write_text("dear")
-        for resume in (), ("--resume", finished / "last.pt"), *auto:
+        for resume in (), ("--resume", runs[train] / "last.pt"), *auto:
             advice = "add --resume auto to continue from .*last.pt" if name == "last.pt" else "remove it"
             assert_refused(f"{name} already exists: {advice}, or choose another --out",
                            train.main, arguments(pictures, out, *resume))
@@ -1307,26 +1294,24 @@ def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_i
     ("best.pt", lambda path, other: shutil.copy(other, path), "best.pt was trained on other classes"),
     ("last.pt", lambda path, other: path.symlink_to("/absent/l.pt"), "cannot open the checkpoint /absent/l.pt: No "),
 ], ids=["damaged", "not mounted", "another run's", "last.pt not mounted"])
-def test_resume_knows_what_best_pt_holds_and_where_links_lead(name, harm, message, finished, segmented, pictures, out):
-    shutil.copytree(finished, out)
+def test_resume_knows_what_best_pt_holds_and_where_links_lead(name, harm, message, runs, pictures, out):
+    shutil.copytree(runs[train], out)
     (out / name).unlink()
-    harm(out / name, segmented / "best.pt")
+    harm(out / name, runs[segment] / "best.pt")
     before = contents(out)
     assert_refused(message, train.main, arguments(pictures, out, "--resume", "auto"))
     assert contents(out) == before
 
 
-@both_scripts
-def test_resume_without_best_pt_writes_another_and_with_other_files_of_the_same_names_is_refused(
-        module, words, alone, out, pictures, streets, tmp_path, capsys):
+def test_resume_without_best_pt_and_with_other_files(module, words, runs, out, pictures, streets, tmp_path, capsys):
     data, kind, names, keys = {train: (pictures, "training", "train/ant/*", ["top1", "ema_top1"]),
                                segment: (streets, "validation", "annotations/validation/*", ["miou"])}[module]
     shutil.copytree(data, copy := tmp_path / "data")
-    shutil.copytree(alone, out)
+    shutil.copytree(runs[module], out)
     (out / "best.pt").unlink()
     words = words("--resume", "auto", "--data", copy)
     assert module.main(words) == 0  # the same files elsewhere: it validates again
-    assert comparable(history(out)) == comparable(history(alone))
+    assert comparable(history(out)) == comparable(history(runs[module]))
     best, score = train.load_checkpoint(out / "best.pt"), max(history(out)[-1][key] for key in keys)
     assert best["best"] == score and re.search(f"has (top-1|mIoU) {score:.2f}", capsys.readouterr().out)
     first, second, *_ = copy.glob(names)
@@ -1341,9 +1326,8 @@ def test_resume_with_other_iters_and_validations_goes_on_from_the_last_step(stre
         assert [line["step"] for line in history(out)] == validated
 
 
-def test_resume_elsewhere_with_more_epochs_in_fp16_takes_their_rates_and_skips_gradients_that_overflow(
-        finished, pictures, out, tmp_path, monkeypatch):
-    rates, train_step, before = {}, train.train_step, train.load_checkpoint(finished / "last.pt")
+def test_resume_to_more_epochs_in_fp16_takes_their_rates_and_skips_overflow(runs, pictures, out, tmp_path, monkeypatch):
+    rates, train_step, before = {}, train.train_step, train.load_checkpoint(runs[train] / "last.pt")
     monkeypatch.setattr(train, "train_step", lambda run, *rest: (
         rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), train_step(run, *rest)))
     torch.save(before | {"scaler": {"scale": 2.0**30, "_growth_tracker": 0}}, tmp_path / "from.pt")
@@ -1357,8 +1341,7 @@ def test_resume_elsewhere_with_more_epochs_in_fp16_takes_their_rates_and_skips_g
     assert len(history(out)) == 6 and (out / "best.pt").exists()
 
 
-@both_scripts
-def test_signals_during_a_step_and_during_validation_stop_them_and_are_resumed(module, words, alone, out, monkeypatch):
+def test_signals_during_a_step_and_during_validation_stop_them_and_are_resumed(module, words, runs, out, monkeypatch):
     train_step, eval_transform, seen = train.train_step, module.eval_transform, []
 
     def told(*args, **kw):
@@ -1374,7 +1357,7 @@ def test_signals_during_a_step_and_during_validation_stop_them_and_are_resumed(m
     assert len(seen) == {train: 8, segment: 1}[module] and not (out / "log.jsonl").exists()  # one batch
     monkeypatch.setattr(module, "eval_transform", eval_transform)
     assert module.main(words("--resume", "auto")) == 0  # begins with the validation
-    assert_same_end(out, alone)
+    assert_same_end(out, runs[module])
 
 
 def children(process):
@@ -1398,11 +1381,11 @@ def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_i
 
 @pytest.mark.parametrize("module, use", [(train, "--eval --data {pictures}"), (segment, "--eval --data {streets}"),
                                          (train, "--predict {pictures}/val/ant/0.png")])
-def test_pipes_a_result_that_cannot_be_written_is_an_error(module, use, alone, pictures, streets, monkeypatch, capsys):
+def test_pipes_a_result_that_cannot_be_written_is_an_error(module, use, runs, pictures, streets, monkeypatch, capsys):
     use = use.format(pictures=pictures, streets=streets).split()
     with open("/dev/full", "w") as full, monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
         patch.setattr(sys, "stdout", full)
-        train.run_main(lambda: module.main([*use, "--weights", f"{alone}/best.pt", "--device", "cpu"]))
+        train.run_main(lambda: module.main([*use, "--weights", f"{runs[module]}/best.pt", "--device", "cpu"]))
     assert capsys.readouterr().err == "error: cannot write the result to the standard output: No space left on device\n"
 
 
@@ -1484,11 +1467,11 @@ def test_distributed_an_error_is_one_line_whether_one_process_meets_it_or_all(pi
         assert process.returncode == 1 and err.count(message) == 1 and "train.py\", line" not in err
 
 
-def test_distributed_processes_that_read_different_checkpoints_are_refused(finished, pictures):
+def test_distributed_processes_that_read_different_checkpoints_are_refused(runs, pictures):
     class Two(train.Distributed):
         def all_gather(self, value):  # from this process and from another, which is one step on
             return [value, (value[0] + 1, value[1])]
-    args = train.parse_arguments(arguments(pictures, finished, "--resume", "auto"))
+    args = train.parse_arguments(arguments(pictures, runs[train], "--resume", "auto"))
     message = "last.pt differs between processes: --out must be on storage shared by all"
     assert_refused(message, train.train, args, Two(0, 2))
 
@@ -1548,10 +1531,8 @@ def test_cuda_a_mingru_in_bf16_is_as_near_to_float64_as_on_a_cpu(compiled, with_
 
 
 @one_gpu
-@both_scripts
 @process
-def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_evaluates_there(
-        module, words, tmp_path, monkeypatch, capsys, device="cuda"):
+def test_cuda_compiled_run_in_bf16_has_the_losses_of_a_cpu(module, words, tmp_path, monkeypatch, capsys, device="cuda"):
     monkeypatch.setitem(train.MODELS, "nano", visiongru_nano)
     same_images = ("--drop-path", 0) if module is segment else ("--drop-path", 0, "--reprob", 0)
     for name, more in ("cpu", ()), ("other", ("--device", device, "--amp", "bf16", "--compile")):
@@ -1563,7 +1544,6 @@ def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_evaluates_there
 
 
 @two_gpus
-@both_scripts
 @process
 def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(module, words, tmp_path, device="cuda"):
     more = ("--lr", 0) if module is segment else ()  # dropout differs, and only what comes before it is compared
@@ -1610,7 +1590,6 @@ def test_reproducible_losses_over_fifty_steps_in_all_27_shapes_of_the_machine(tm
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@both_scripts
 @process
 def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machine(module, words):
     seen, shapes = {}, [(p, a, 0) for p in (1, 2, 4) for a in (1, 2, 4)] + [(1, 1, 1), (1, 1, 4), (2, 1, 1), (1, 4, 4)]
@@ -1627,8 +1606,7 @@ def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machi
             for number, (images, targets) in enumerate(loader):
                 step, first = 5 + number // accum, (rank * accum + number % accum) * len(images)
                 images, targets = augment(normalize(images), targets, first, step, 3, args)
-                items += [(step, image.numpy().tobytes(), target.numpy().tobytes())
-                          for image, target in zip(images, targets)]
+                items += [(step, *(tensor.numpy().tobytes() for tensor in pair)) for pair in zip(images, targets)]
         seen[count, accum, workers] = sorted(items)
     assert len(seen[1, 1, 0]) == len({image for _, image, _ in seen[1, 1, 0]}) == 64
     assert all(items == seen[1, 1, 0] for items in seen.values())
@@ -1636,9 +1614,8 @@ def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machi
 
 # -k disk --------------------------------------------------------------------------------------------------------------
 
-@both_scripts
-def test_disk_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(module, words, alone, out, capsys):
-    shutil.copytree(alone, out)
+def test_disk_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(module, words, runs, out, capsys):
+    shutil.copytree(runs[module], out)
     before, longer = contents(out), {train: ("--epochs", 3), segment: ("--iters", 9)}[module]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))  # in bytes, as with `ulimit -f`
@@ -1659,8 +1636,8 @@ def test_disk_full_is_named_and_what_was_there_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "dear"
 
 
-def test_disk_predictions_replace_nothing(segmented, pictures, tmp_path):
-    words = ["--predict", str(pictures / "val/ant/0.png"), "--weights", f"{segmented}/best.pt", "--device", "cpu",
+def test_disk_predictions_replace_nothing(runs, pictures, tmp_path):
+    words = ["--predict", str(pictures / "val/ant/0.png"), "--weights", f"{runs[segment]}/best.pt", "--device", "cpu",
              "--out", str(tmp_path)]
     assert segment.main(words) == 0
     labels, overlay = tmp_path / "0_labels.png", tmp_path / "0_overlay.png"
@@ -1671,12 +1648,12 @@ def test_disk_predictions_replace_nothing(segmented, pictures, tmp_path):
         assert labels.is_symlink() or labels.read_bytes() == before
 
 
-def test_disk_a_folder_that_cannot_be_written_to_is_found_before_training(segmented, pictures, streets, tmp_path):
+def test_disk_a_folder_that_cannot_be_written_to_is_found_before_training(runs, pictures, streets, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "sealed").mkdir(mode=0o500)
     outs = [tmp_path / "file", tmp_path / "file" / "run"]  # and /sys is one where not even root can write
     outs += [tmp_path / "sealed", tmp_path / "sealed" / "run"] if os.geteuid() else [Path("/sys"), Path("/proc/run")]
-    predict = ["--predict", "x", "--weights", f"{segmented}/best.pt"]
+    predict = ["--predict", "x", "--weights", f"{runs[segment]}/best.pt"]
     for out in outs:
         message = f"--out {out}: cannot write in this folder: "
         assert_refused(message, train.main, arguments(pictures, out))
@@ -1792,7 +1769,7 @@ def test_images_are_read_as_a_person_sees_them_or_refused_with_path_and_reason(n
 
 
 @process
-def test_images_that_can_be_read_can_be_trained_on_and_predicted(finished, segmented, tmp_path, capsys):
+def test_images_that_can_be_read_can_be_trained_on_and_predicted(runs, tmp_path, capsys):
     args, whole = (train.parse_arguments(arguments("x", "x", "--crop-scale", share)) for share in (0.08, 1))
     seg_args, out = segment.parse_arguments(seg_arguments("x", "x")), tmp_path / "out"
     refused = [str(write_image(name, tmp_path)) for name, row in IMAGES.items() if row[3] is None]
@@ -1802,11 +1779,11 @@ def test_images_that_can_be_read_can_be_trained_on_and_predicted(finished, segme
             assert transform(image).shape == (3, 32, 32)
         mask = torch.zeros(image.height, image.width, dtype=torch.uint8)
         assert segment.TrainTransform(seg_args)(image, mask)[0].shape == (3, 32, 32)
-    checkpoint, weights, seen = train.load_checkpoint(segmented / "best.pt"), str(tmp_path / "segmented.pt"), set()
+    checkpoint, weights, seen = train.load_checkpoint(runs[segment] / "best.pt"), str(tmp_path / "segmented.pt"), set()
     checkpoint["model"]["decode_head.conv_seg.bias"].zero_()  # then it finds every class somewhere
     torch.save(checkpoint, weights)
     use = ["--device", "cpu", "--weights"]
-    for module, more in (segment, [weights, "--out", str(out)]), (train, [f"{finished}/best.pt"]):
+    for module, more in (segment, [weights, "--out", str(out)]), (train, [f"{runs[train]}/best.pt"]):
         assert module.main(["--predict", *refused, *paths, *use, *more]) == 2
         printed, err = capsys.readouterr()
         assert all(f"cannot read the image {path}: " in err for path in refused)  # which keeps it not from the others
@@ -1912,11 +1889,11 @@ def saved(thing, **how):
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_checkpoints_are_used_or_refused_with_path_and_reason(kind, finished, pictures, tmp_path, monkeypatch):
+def test_checkpoints_are_used_or_refused_with_path_and_reason(kind, runs, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make, reasons = CHECKPOINTS[kind]
-    content = train.load_checkpoint(finished / "last.pt")
-    Path("bad.pt").write_bytes(make((finished / "last.pt").read_bytes(), content))
+    content = train.load_checkpoint(runs[train] / "last.pt")
+    Path("bad.pt").write_bytes(make((runs[train] / "last.pt").read_bytes(), content))
     model = ("--model", "nano") if kind in ("weights alone", "no settings") else ()
     uses = (arguments(pictures, "resumed", "--resume", "bad.pt"),
             arguments(pictures, "begun", "--weights", "bad.pt", "--lr", 0, "--epochs", 1),
@@ -1967,10 +1944,9 @@ def test_finite_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
             assert not any(t.isnan().any() for t in (*outputs, *grads)), (T, reverse, inputs)
 
 
-@both_scripts
-def test_finite_logits_or_no_class_is_named(module, words, alone, pictures, tmp_path, monkeypatch, capsys):
+def test_finite_logits_or_no_class_is_named(module, words, runs, pictures, tmp_path, monkeypatch, capsys):
     name, number = ("head.weight", 3e38) if module is train else ("decode_head.bottleneck.1.running_var", -1)
-    checkpoint, bad = train.load_checkpoint(alone / "best.pt"), tmp_path / "bad.pt"
+    checkpoint, bad = train.load_checkpoint(runs[module] / "best.pt"), tmp_path / "bad.pt"
     for state in filter(None, (checkpoint["model"], checkpoint["ema"])):
         state[name].fill_(number)
     torch.save(checkpoint, bad)
@@ -2047,10 +2023,8 @@ def command_line(module, chance):
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
-@both_scripts
 @process
-def test_options_any_command_line_ends_with_0_or_2_and_never_a_traceback(
-        module, count, pictures, streets, tmp_path, monkeypatch, capsys):
+def test_options_any_command_line_ends_with_0_or_2(module, count, pictures, streets, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for kind in train.Shapes, segment.Scenes:
         monkeypatch.setattr(kind, "__len__", lambda self: 32)
