@@ -1238,12 +1238,12 @@ def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one
     for name, *auto in ("last.pt",), ("best.pt", ("--resume", "auto")), ("log.jsonl", ("--resume", "auto")):
         out = tmp_path / name / "run"
         out.mkdir(parents=True)
-        (out / name).write_text("dear")
+        (out / name).write_bytes(b"dear")
         for resume in (), ("--resume", runs[train] / "last.pt"), *auto:
             advice = "add --resume auto to continue from .*last.pt" if name == "last.pt" else "remove it"
             assert_refused(f"{name} already exists: {advice}, or choose another --out",
                            train.main, arguments(pictures, out, *resume))
-        assert (out / name).read_text() == "dear" and len(list(out.iterdir())) == 1
+        assert contents(out) == {out / name: b"dear"}
 
 
 def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_is_killed(pictures, tmp_path):
@@ -1443,13 +1443,10 @@ def test_distributed_an_error_is_one_line_whether_one_process_meets_it_or_all(pi
         assert process.returncode == 1 and err.count(message) == 1 and "train.py\", line" not in err
 
 
-def test_distributed_processes_that_read_different_checkpoints_are_refused(runs, pictures):
-    class Two(train.Distributed):
-        def all_gather(self, value):  # from this process and from another, which is one step on
-            return [value, (value[0] + 1, value[1])]
-    args = train.parse_arguments(arguments(pictures, runs[train], "--resume", "auto"))
+def test_distributed_processes_that_read_different_checkpoints_are_refused(runs, pictures, monkeypatch):
+    monkeypatch.setattr(train.Distributed, "all_gather", lambda self, read: [read, (read[0] + 1, read[1])])
     message = "last.pt differs between processes: --out must be on storage shared by all"
-    assert_refused(message, train.train, args, Two(0, 2))
+    assert_refused(message, train.main, arguments(pictures, runs[train], "--resume", "auto"))
 
 
 # Two hosts with a cable between them: two network, host name and mount namespaces, made without a privilege.
@@ -1602,22 +1599,22 @@ def test_disk_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkp
 
 
 def test_disk_full_is_named_and_what_was_there_stays(tmp_path):
-    (tmp_path / "file").write_text("dear")
+    path = tmp_path / "file"
+    path.write_bytes(b"dear")
     (tmp_path / "file.tmp").symlink_to("/dev/full")  # a device on which there is never any space
-    assert_refused("cannot write .*file: No space left on device; .* is unchanged", train.atomic_write,
-                   tmp_path / "file", bytes(10**6))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "dear"
+    message = "cannot write .*file: No space left on device; .* is unchanged"
+    assert_refused(message, train.atomic_write, path, bytes(10**6))
+    assert contents(tmp_path) == {path: b"dear"}
 
 
 def test_disk_predictions_replace_nothing(runs, pictures, tmp_path):
-    words = ["--predict", str(pictures / "val/ant/0.png"), "--weights", f"{runs[segment]}/best.pt", "--device", "cpu",
-             "--out", str(tmp_path)]
-    assert segment.main(words) == 0
+    use = f"--predict {pictures}/val/ant/0.png --weights {runs[segment]}/best.pt --device cpu --out {tmp_path}".split()
+    assert segment.main(use) == 0
     labels, overlay = tmp_path / "0_labels.png", tmp_path / "0_overlay.png"
     before = labels.read_bytes()
     for prepare in (lambda: None, overlay.unlink, lambda: (labels.unlink(), labels.symlink_to("absent"))):
         prepare()
-        assert_refused(f"{labels} already exists; move it, or choose another --out", segment.main, words)
+        assert_refused(f"{labels} already exists; move it, or choose another --out", segment.main, use)
         assert labels.is_symlink() or labels.read_bytes() == before
 
 
@@ -1679,11 +1676,11 @@ ON_WHITE = ((4, 4), {(0, 0): WHITE, (3, 0): (64, 64, 64)})
 # or why it is refused.
 IMAGES = {
     "plain.png":           (two_colours("RGB"), {}, *UPRIGHT),
-    "another.jpg":         (two_colours("RGB"), {"quality": 95}, *UPRIGHT),
+    "another.jpg":         (two_colours("RGB"), {}, *UPRIGHT),
     "palette.png":         (two_colours("P"), {}, *UPRIGHT),
     "grey.png":            (two_colours("L"), {}, (40, 20), {(5, 5): (76, 76, 76), (5, 15): (29, 29, 29)}),
     "black and white.png": (Image.new("1", (3, 3), 1), {}, (3, 3), {(1, 1): (255, 255, 255)}),
-    "cmyk.jpg":            (two_colours("CMYK"), {"quality": 95}, *UPRIGHT),
+    "cmyk.jpg":            (two_colours("CMYK"), {}, *UPRIGHT),
     # What is transparent lies on white.
     "rgba.png":            (GLASS, {}, *ON_WHITE),
     "grey and alpha.png":  (GLASS.convert("LA"), {}, *ON_WHITE),
