@@ -65,7 +65,7 @@ from visiongru import (FCNHead, GRU2D, MinGRU, UPerNet, VisionGRU, coefficients,
 HERE = Path(__file__).parent
 MICRO = dict(dim=8, depths=(1, 1, 2, 1))
 SMALL = dict(dim=4, depths=(1, 1, 1, 1))
-torch.set_num_threads(1)  # as in `script`: a sum's order of terms depends on their number
+torch.set_num_threads(1)  # as in `started`: a sum's order of terms depends on their number
 HANDLERS = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
 
 process = pytest.mark.process
@@ -216,17 +216,15 @@ def test_tensors_of_wrong_shapes_and_types_are_refused():
 
 def test_torch_func_differentiates_a_scan_forward_and_a_model_for_each_image():
     a, b, h0 = random_coefficients(20, True)
-    forward = [torch.func.jvp(scan, (a, b, h0), (b, a, h0))[1] for scan in (scan_parallel, scan_sequential)]
-    assert_close(*forward)
+    assert_close(*(torch.func.jvp(scan, (a, b, h0), (b, a, h0))[1] for scan in (scan_parallel, scan_sequential)))
     model, x, y = VisionGRU(5, **SMALL).double(), torch.randn(3, 3, 40, 48).double(), torch.tensor([0, 1, 2])
     weights = dict(model.named_parameters())
 
     def loss(weights, image, label):
         return F.cross_entropy(torch.func.functional_call(model, weights, (image[None],)), label[None])
     mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, x, y)
-    for i in range(3):
-        alone = torch.autograd.grad(F.cross_entropy(model(x[i:i + 1]), y[i:i + 1]), weights.values())
-        assert_close([gradient[i] for gradient in mapped.values()], list(alone))
+    alone = [torch.autograd.grad(F.cross_entropy(model(x[i:i + 1]), y[i:i + 1]), weights.values()) for i in range(3)]
+    assert_close([*mapped.values()], [*map(torch.stack, zip(*alone))])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
