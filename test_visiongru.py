@@ -1675,11 +1675,11 @@ ON_WHITE = ((4, 4), {(0, 0): WHITE, (3, 0): (64, 64, 64)})
 # or why it is refused.
 IMAGES = {
     "plain.png":           (two_colours("RGB"), {}, *UPRIGHT),
-    "another.jpg":         (two_colours("RGB"), {}, *UPRIGHT),
+    "another.jpg":         (two_colours("RGB"), {"quality": 95}, *UPRIGHT),
     "palette.png":         (two_colours("P"), {}, *UPRIGHT),
     "grey.png":            (two_colours("L"), {}, (40, 20), {(5, 5): (76, 76, 76), (5, 15): (29, 29, 29)}),
     "black and white.png": (Image.new("1", (3, 3), 1), {}, (3, 3), {(1, 1): (255, 255, 255)}),
-    "cmyk.jpg":            (two_colours("CMYK"), {}, *UPRIGHT),
+    "cmyk.jpg":            (two_colours("CMYK"), {"quality": 95}, *UPRIGHT),
     # What is transparent lies on white.
     "rgba.png":            (GLASS, {}, *ON_WHITE),
     "grey and alpha.png":  (GLASS.convert("LA"), {}, *ON_WHITE),
