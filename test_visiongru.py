@@ -37,6 +37,7 @@ import os
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -51,25 +52,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import segment
 import train
 import visiongru
-from visiongru import (FCNHead, GRU2D, MinGRU, UPerNet, VisionGRU, load_weights, scan_log, scan_parallel,
+from visiongru import (FCNHead, GRU2D, MinGRU, UPerNet, VisionGRU, coefficients, load_weights, scan_log, scan_parallel,
                        scan_sequential, visiongru_base, visiongru_nano, visiongru_tiny)
 
 HERE = Path(__file__).parent
 MICRO = dict(dim=8, depths=(1, 1, 2, 1))
 SMALL = dict(dim=4, depths=(1, 1, 1, 1))
-torch.set_num_threads(1)  # as in `script`: a sum's order of terms depends on their number
+torch.set_num_threads(1)  # as in `started`: a sum's order of terms depends on their number
 HANDLERS = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
 
 process = pytest.mark.process
 each_scan = pytest.mark.parametrize("scan", visiongru.SCANS)
-each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-each_gate = pytest.mark.parametrize("gates", [-8, 0, 8], ids=["nearly closed", "typical", "nearly open"])
 each_way = pytest.mark.parametrize("with_h0, reverse", list(itertools.product((False, True), repeat=2)))
 
 
@@ -89,7 +89,7 @@ def micro_upernet(num_classes=5, channels=8, aux_channels=4):
 def with_gradients(outputs, inputs):
     """The outputs, and the gradients of their weighted sum, in which no two numbers weigh the same, for the inputs."""
     loss = sum((y * torch.arange(y.numel()).cos().view_as(y)).sum() for y in outputs)
-    return [*outputs, *torch.autograd.grad(loss, [t for t in inputs if t is not None])]
+    return [*outputs, *torch.autograd.grad(loss, inputs)]
 
 
 def assert_refused(message, function, *args, error=train.UserError):
@@ -98,53 +98,54 @@ def assert_refused(message, function, *args, error=train.UserError):
 
 
 # The recurrence -------------------------------------------------------------------------------------------------------
-
 def random_coefficients(T, with_h0):
     """Random a, b and, if wanted, h0. Neither a nor b is contiguous in memory."""
-    a, b = torch.rand(T, 2, 3, dtype=torch.float64).transpose(0, 1), torch.rand(2, T, 6, dtype=torch.float64)[..., 3:]
-    h0 = torch.rand(2, 3, dtype=torch.float64).requires_grad_() if with_h0 else None
-    return [a.requires_grad_(), b.add_(0.1).requires_grad_(), h0]
+    a, b = torch.rand(T, 2, 3).double().transpose(0, 1), torch.rand(2, T, 6).double()[..., 3:].add_(0.1)
+    return [t.requires_grad_() for t in (a, b, *with_h0 * [torch.rand(2, 3).double()])]
 
 
 @each_way
 def test_scans_are_the_loop_at_every_length_and_in_reverse_the_loop_over_the_flipped_sequence(with_h0, reverse):
-    around_powers_of_row = [length + i for length in (16**2, 16**3) for i in (-1, 0, 1)]
-    for T in [*range(1, 301), 1009, *around_powers_of_row]:
-        a, b, h0 = inputs = random_coefficients(T, with_h0)
-        copies = [t.clone() for t in inputs if t is not None]
-        h = scan_sequential(a.flip(1), b.flip(1), h0).flip(1) if reverse else scan_sequential(*inputs)
+    for T in [*range(1, 301), 1009, 4095, 4096, 4097]:
+        a, b, *h0 = inputs = random_coefficients(T, with_h0)
+        copies = [t.clone() for t in inputs]
+        h = scan_sequential(a.flip(1), b.flip(1), *h0).flip(1) if reverse else scan_sequential(*inputs)
         expected = with_gradients([h], inputs)
-        for scan, tolerance in ((scan_sequential, 1e-11), (scan_parallel, 1e-11), (scan_log, 1e-6)):
-            if T > {scan_sequential: 40, scan_parallel: T, scan_log: 1009}[scan]:
-                continue  # the loop would take long; log-space loses digits with T, in float64 too
-            torch.testing.assert_close(with_gradients([scan(*inputs, reverse=reverse)], inputs), expected,
-                                       rtol=tolerance, atol=tolerance, msg=lambda m: f"T = {T}, {scan.__name__}: {m}")
-        assert all(map(torch.equal, [t for t in inputs if t is not None], copies))  # nothing is written to them
+        for scan, longest, tolerance in (scan_sequential, 40, 1e-11), (scan_parallel, T, 1e-11), (scan_log, 1009, 1e-6):
+            if T <= longest:  # the loop would take long; log-space loses digits with T, in float64 too
+                assert_close(with_gradients([scan(*inputs, reverse=reverse)], inputs), expected, rtol=tolerance,
+                             atol=tolerance, msg=lambda m: f"T = {T}, {scan.__name__}: {m}")
+        assert all(map(torch.equal, inputs, copies))  # nothing is written to them
 
 
 @each_way
-def test_scan_and_mingru_have_the_right_first_and_second_derivatives(with_h0, reverse):
-    gru = MinGRU(2, 2).double()
-    of_gru = [torch.randn(2, 7, 2, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)][:1 + with_h0]
-    cases = [(gru, [t.requires_grad_() for t in of_gru])]
-    cases += [(scan_parallel, [t for t in random_coefficients(T, with_h0) if t is not None]) for T in (1, 2, 5, 8)]
-    for function, inputs in cases:
-        assert torch.autograd.gradcheck(lambda *t: function(*t, reverse=reverse), inputs)
-        assert torch.autograd.gradgradcheck(lambda *t: function(*t, reverse=reverse), inputs)
+def test_scan_and_mingru_have_the_right_first_and_second_derivatives_also_by_torch_func(with_h0, reverse):
+    gru, loop = MinGRU(2).double(), MinGRU(2, scan="sequential").double()
+    loop.load_state_dict(gru.state_dict())
+    x, *h0 = inputs = [torch.randn(2, 20, 2).double(), torch.rand(2, 4).double()][:1 + with_h0]
+    cases = [(gru, [x[:, :7], *h0])] + [(scan_parallel, random_coefficients(T, with_h0)) for T in (1, 2, 5, 8)]
+    for function, tensors in cases:
+        for check in torch.autograd.gradcheck, torch.autograd.gradgradcheck:
+            assert check(lambda *t: function(*t, reverse=reverse), [t.detach().requires_grad_() for t in tensors])
+
+    def loss(gru):
+        return lambda *inputs: sum(y.pow(3).sum() for y in gru(*inputs, reverse=reverse))
+    every, jacrev, hessian = tuple(range(len(inputs))), torch.func.jacrev, torch.func.hessian
+    assert_close(jacrev(jacrev(loss(gru), every), every)(*inputs), hessian(loss(loop), every)(*inputs))
+    assert_refused("jvp", hessian(loss(gru)), *inputs, error=(NotImplementedError, RuntimeError))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@each_gate
+@pytest.mark.parametrize("gates", [-8, 0, 8], ids=["nearly closed", "typical", "nearly open"])
 def test_float32_keeps_its_accuracy_over_65536_steps_and_log_space_does_not(gates, reverse):
-    u, gru, error = torch.randn(1, 65_537, 4), MinGRU(1), {}  # a prime: no row divides the sequence
+    u = torch.randn(1, 65_537, 4)  # a prime: no chunk divides the sequence
     u[..., 2:] += gates  # candidates first, then gates
-    gru.in_proj = torch.nn.Identity()  # gate and candidate are the input itself
-    exact = scan_sequential(*visiongru.coefficients(u.double()), reverse=reverse)
-    torch.testing.assert_close(scan_parallel(*visiongru.coefficients(u.double()), reverse=reverse), exact)
-    for scan in (scan_parallel, scan_log):
-        error[scan] = ((scan(*visiongru.coefficients(u), reverse=reverse) - exact).abs() / exact).max()
-    assert error[scan_parallel] < 1e-5
-    assert error[scan_log] > 1e-4 or gates < 0  # with closed gates log A_t hardly grows, and log-space does better
+    exact = scan_sequential(*coefficients(u.double()), reverse=reverse)
+    assert_close(scan_parallel(*coefficients(u.double()), reverse=reverse), exact)
+    of_parallel, of_log = (((scan(*coefficients(u), reverse=reverse) - exact).abs() / exact).max()
+                           for scan in (scan_parallel, scan_log))
+    assert of_parallel < 1e-5
+    assert of_log > 1e-4 or gates < 0  # with closed gates log A_t hardly grows, and log-space does better
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -153,18 +154,15 @@ def test_float32_keeps_its_accuracy_over_65536_steps_and_log_space_does_not(gate
 def test_gradients_of_scan_and_mingru_are_as_accurate_as_the_loops(dtype, T, gates, reverse):
     gru, loop = MinGRU(8, expansion=1), MinGRU(8, expansion=1, scan="sequential")
     gru.in_proj = loop.in_proj = torch.nn.Identity()
-    u, grad = torch.randn(2, T, 16), torch.randn(2, T, 8).to(dtype)
-    u[..., 8:] += gates
-    u = u.to(dtype)
-
-    def scan(u, reverse):
-        return [scan_parallel(*visiongru.coefficients(u), reverse=reverse).to(u.dtype)]
+    u = torch.cat([torch.randn(2, T, 8), torch.randn(2, T, 8) + gates], dim=-1).to(dtype)
+    grad = torch.randn(2, T, 8).to(dtype)
 
     def gradient(function, u):
         u = u.detach().requires_grad_()
         return torch.autograd.grad(function(u, reverse=reverse)[0], u, grad.to(u.dtype))[0].double()
     exact = gradient(loop, u.double())
-    errors = [gradient(function, u) - exact for function in (loop, scan, gru)]
+    errors = [gradient(function, u) - exact for function in (
+        loop, gru, lambda u, reverse: [scan_parallel(*coefficients(u), reverse=reverse).to(u.dtype)])]
     for half, norm in itertools.product((slice(0, 8), slice(8, 16)), (2, math.inf)):  # of the candidates, of the gates
         of_loop, *others = (torch.linalg.vector_norm(error[..., half], norm) for error in errors)
         rounding = 1e-6 * torch.linalg.vector_norm(exact[..., half], norm) if dtype == torch.float32 else 0
@@ -172,11 +170,9 @@ def test_gradients_of_scan_and_mingru_are_as_accurate_as_the_loops(dtype, T, gat
 
 
 # minGRU and 2DGRU -----------------------------------------------------------------------------------------------------
-
-def mingru_by_hand(gru, x, h0):
+def mingru_by_hand(gru, x, h=0):
     """MinGRU's equations, one step after another. -> the outputs, and the states."""
-    W_h, W_z = gru.in_proj.weight.chunk(2)
-    h, states = x.new_zeros(len(x), gru.hidden) if h0 is None else h0, []
+    (W_h, W_z), states = gru.in_proj.weight.chunk(2), []
     for x_t in x.unbind(1):
         z, v = torch.sigmoid(x_t @ W_z.T), x_t @ W_h.T
         h = (1 - z) * h + z * torch.where(v > 0, v + 0.5, torch.sigmoid(v))
@@ -189,17 +185,16 @@ def mingru_by_hand(gru, x, h0):
 def test_mingru_computes_its_equations_in_value_and_gradient_at_once_and_step_by_step(with_h0, reverse):
     for T, size, expansion in ((1, 1, 2), (2, 1, 2), (3, 0, 2), (12, 1, 1), (13, 1, 1.5), (37, 1, 2), (1009, 1, 2)):
         gru = MinGRU(6, expansion).double()
-        x = (size * torch.randn(2, T, 6, dtype=torch.float64)).requires_grad_()  # of size 0 it is where g has its kink
-        h0 = torch.rand(2, gru.hidden, dtype=torch.float64, requires_grad=True) if with_h0 else None
-        y, states = mingru_by_hand(gru, x.flip(1) if reverse else x, h0)
-        expected = with_gradients([y.flip(1) if reverse else y, states[:, -1]], [x, h0, *gru.parameters()])
+        x = (size * torch.randn(2, T, 6).double()).requires_grad_()  # of size 0 it is where g has its kink
+        state = h0 = with_h0 * [torch.rand(2, gru.hidden, dtype=torch.float64, requires_grad=True)]
+        y, states = mingru_by_hand(gru, x.flip(1) if reverse else x, *h0)
+        expected = with_gradients([y.flip(1) if reverse else y, states[:, -1]], [x, *h0, *gru.parameters()])
         for gru.scan, tolerance in (("sequential", 1e-11), ("parallel", 1e-11), ("log", 1e-6)):
-            torch.testing.assert_close(with_gradients(gru(x, h0, reverse), [x, h0, *gru.parameters()]), expected,
-                                       rtol=tolerance, atol=tolerance, msg=lambda m: f"T = {T}, {gru.scan}: {m}")
-        state = h0
+            assert_close(with_gradients(gru(x, *h0, reverse=reverse), [x, *h0, *gru.parameters()]), expected,
+                         rtol=tolerance, atol=tolerance, msg=lambda m: f"T = {T}, {gru.scan}: {m}")
         for t in range(T):
-            y_t, state = gru.step(x[:, -1 - t if reverse else t], state)
-            torch.testing.assert_close((y_t, state), (y[:, t], states[:, t]))
+            y_t, *state = gru.step(x[:, -1 - t if reverse else t], *state)
+            assert_close((y_t, *state), (y[:, t], states[:, t]))
 
 
 def test_tensors_of_wrong_shapes_and_types_are_refused():
@@ -219,39 +214,25 @@ def test_tensors_of_wrong_shapes_and_types_are_refused():
     assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 5)  # no images are well-formed images
 
 
-@each_way
-def test_torch_func_differentiates_a_mingru_twice_in_reverse_mode(with_h0, reverse):
-    gru, loop = MinGRU(2).double(), MinGRU(2, scan="sequential").double()
-    loop.load_state_dict(gru.state_dict())
-    inputs = [torch.randn(1, 20, 2, dtype=torch.float64), torch.rand(1, 4, dtype=torch.float64)][:1 + with_h0]
-    every, jacrev, hessian = tuple(range(len(inputs))), torch.func.jacrev, torch.func.hessian
-
-    def loss(gru):
-        return lambda *inputs: sum(y.pow(3).sum() for y in gru(*inputs, reverse=reverse))
-    torch.testing.assert_close(jacrev(jacrev(loss(gru), every), every)(*inputs), hessian(loss(loop), every)(*inputs))
-    assert_refused("jvp", hessian(loss(gru)), *inputs, error=(NotImplementedError, RuntimeError))
-
-
 def test_torch_func_differentiates_a_scan_forward_and_a_model_for_each_image():
     a, b, h0 = random_coefficients(20, True)
-    forward = [torch.func.jvp(scan, (a, b, h0), (b, a, h0))[1] for scan in (scan_parallel, scan_sequential)]
-    torch.testing.assert_close(*forward)
+    assert_close(*(torch.func.jvp(scan, (a, b, h0), (b, a, h0))[1] for scan in (scan_parallel, scan_sequential)))
     model, x, y = VisionGRU(5, **SMALL).double(), torch.randn(3, 3, 40, 48).double(), torch.tensor([0, 1, 2])
     weights = dict(model.named_parameters())
 
     def loss(weights, image, label):
         return F.cross_entropy(torch.func.functional_call(model, weights, (image[None],)), label[None])
     mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, x, y)
-    for i in range(3):
-        alone = torch.autograd.grad(F.cross_entropy(model(x[i:i + 1]), y[i:i + 1]), weights.values())
-        torch.testing.assert_close([gradient[i] for gradient in mapped.values()], list(alone))
+    alone = [torch.autograd.grad(F.cross_entropy(model(x[i:i + 1]), y[i:i + 1]), weights.values()) for i in range(3)]
+    assert_close([*mapped.values()], [*map(torch.stack, zip(*alone))])
 
 
-@each_half
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @each_scan
-def test_2dgru_and_model_stay_finite_under_autocast_however_large_the_input(dtype, scan):
+def test_half_precision_accumulates_in_float32_and_stays_finite_however_large_the_input(dtype, scan):
+    model = VisionGRU(5, **SMALL, scan=scan)
     for network, shape, sizes in ((GRU2D(8, scan=scan), (2, 6, 7, 8), (0.0, 1e-6, 1.0, 1e3, 3e4)),
-                                  (VisionGRU(5, **SMALL, scan=scan), (2, 3, 64, 64), (0.0, 1.0, 1e3))):
+                                  (model, (2, 3, 64, 64), (0.0, 1.0, 1e3))):
         for size in sizes:
             x = (size * torch.randn(shape)).clamp(-6e4, 6e4).requires_grad_()
             with torch.autocast("cpu", dtype):
@@ -259,24 +240,18 @@ def test_2dgru_and_model_stay_finite_under_autocast_however_large_the_input(dtyp
             # The model normalises its input: its logits, and their gradients, do not grow with it.
             (y.float() / (1 if y.ndim == 2 else 1 + size)).mean().backward()
             assert all(t.isfinite().all() for t in [y, x.grad, *(p.grad for p in network.parameters())])
-
-
-@each_half
-def test_the_recurrence_accumulates_in_float32_and_half_models_take_images_of_any_type(dtype):
-    gru, x = MinGRU(4), torch.randn(1, 50, 4)
+    gru, x, images = MinGRU(4, scan=scan), torch.randn(1, 50, 4), torch.randn(1, 3, 32, 32)
     with torch.autocast("cpu", dtype):
-        (a, b), (y, h) = visiongru.coefficients(gru.in_proj(x)), gru(x)
+        (a, b), (y, h) = coefficients(gru.in_proj(x)), gru(x)
     assert a.dtype == b.dtype == h.dtype == torch.float32 and y.dtype == dtype
     y, h = gru.to(dtype)(x.to(dtype))
     assert h.dtype == torch.float32 and y.dtype == dtype
-    model, images = VisionGRU(5, **SMALL), torch.randn(1, 3, 32, 32)
     assert model(images.to(dtype)).dtype == model(images.double()).dtype == torch.float32
     logits = model.to(dtype)(images)
     assert logits.dtype == dtype and logits.isfinite().all()
 
 
 # The whole model ------------------------------------------------------------------------------------------------------
-
 def release_names(model):
     """The names that the authors' release gives to the parameters of `model`, in the same order."""
     names = "\n".join(model.state_dict())
@@ -288,19 +263,8 @@ def release_names(model):
     return re.sub(r"downsamples\.(.)\.(\w+)", lambda m: f"snake_gru.{m[2]}{int(m[1]) + 1}", names).split("\n")
 
 
-def release_state(model):
-    """A state dict under the release's names, each value made from its parameter's name."""
-    state = {}
-    for name, value in zip(release_names(model), model.state_dict().values()):
-        t = torch.sin(0.7 * torch.arange(value.numel(), dtype=torch.float64) + sum(map(ord, name))).view(value.shape)
-        scale = 0.1 if value.ndim == 1 else math.sqrt(2 / value[0].numel())
-        offset = 1 if value.ndim == 1 and not name.endswith("bias") else 0
-        state[name] = (offset + scale * t).float()
-    return state
-
-
-# What the authors' code computes in float64 for `release_state` and the images of the test below: mean, standard
-# deviation, and the values at eight places spread evenly over the flat result.
+# What the authors' code computes in float64 for the weights and images of the test below: mean, standard deviation, and
+# the values at eight places spread evenly over the flat result.
 GOLDEN = {  # for the model, its classes (None: the four stages' maps in place of the logits) and the images' shape
     ("micro", 10, (2, 3, 64, 64)): [
         [-0.5298888, 3.019635, -0.6758669, -4.529035, 4.072605, -1.787238, -0.2224777, -2.390919, 3.864772, -3.568216]],
@@ -322,8 +286,13 @@ GOLDEN = {  # for the model, its classes (None: the four stages' maps in place o
 @pytest.mark.parametrize("case", GOLDEN, ids=str)
 def test_the_authors_weights_give_the_authors_logits_and_features(case):
     name, classes, shape = case
-    model = VisionGRU(classes or 1000, **(MICRO if name == "micro" else {})).double()
-    load_weights(model, release_state(model))
+    model, weights = VisionGRU(classes or 1000, **(MICRO if name == "micro" else {})).double(), {}
+    for key, value in zip(release_names(model), model.state_dict().values()):
+        wave = torch.sin(0.7 * torch.arange(value.numel(), dtype=torch.float64) + sum(map(ord, key))).view(value.shape)
+        scale = 0.1 if value.ndim == 1 else math.sqrt(2 / value[0].numel())
+        offset = 1 if value.ndim == 1 and not key.endswith("bias") else 0
+        weights[key] = (offset + scale * wave).float()
+    load_weights(model, weights)
     i = torch.arange(math.prod(shape), dtype=torch.float64)
     images = (torch.sin(0.013 * i) + torch.cos(0.00071 * i)).float().double().view(shape)
     with torch.no_grad():
@@ -334,7 +303,7 @@ def test_the_authors_weights_give_the_authors_logits_and_features(case):
         assert [x.item() for x in found] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_named_models_have_the_papers_parameters_and_take_the_arguments_of_visiongru():
+def test_the_named_models_have_the_papers_parameters_and_multiply_adds_and_take_the_arguments_of_visiongru():
     with torch.device("meta"):
         upernet, model = UPerNet(visiongru_tiny(), 150), visiongru_nano(num_classes=7, drop_path=0.1, scan="log")
         models = [visiongru_nano(), visiongru_tiny(), visiongru_base(), VisionGRU(10, **MICRO),
@@ -343,14 +312,10 @@ def test_the_named_models_have_the_papers_parameters_and_take_the_arguments_of_v
         1_959_232, 30_216_952, 86_907_352, 157_778, 60_475_964, 30_133_398, 702_614]
     gru = model.stages[3][0].gru
     assert model.num_classes == 7 and gru.left.scan == gru.right.scan == "log"
-
-
-@process
-def test_multiply_adds_of_figure_1():
-    for size, giga in ((224, 4.87), (512, 25.6), (640, 40.0), (1024, 102.3), (1248, 151.9)):
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model, x = visiongru_tiny(), torch.empty(1, 3, size, size)
-            model(x) if size == 224 else model.features(x)
+    tiny = models[1]
+    for size, giga in ((224, 4.87), (512, 25.6), (640, 40.0), (1024, 102.3), (1248, 151.9)):  # as in figure 1
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            (tiny if size == 224 else tiny.features)(torch.empty(1, 3, size, size, device="meta"))
         assert counter.get_total_flops() / 2 / 1e9 == pytest.approx(giga, rel=0.01)
 
 
@@ -373,45 +338,31 @@ def test_any_size_and_aspect_gives_a_map_for_each_stage_and_logits_for_each_pixe
     (VisionGRU, [dict(depths=(2, 2)), dict(depths=(2, 2, 0, 2)), dict(depths=(2, 2, 8.0, 2))],
      "expected four positive integers"),
     (VisionGRU, [dict(num_classes=0), dict(mlp_ratio=0), dict(drop_path=1.0), dict(scan="quick")], "expected"),
-    (micro_upernet, [dict(num_classes=0), dict(channels=1.5), dict(aux_channels=-1)], "expected"),
-])
+    (micro_upernet, [dict(num_classes=0), dict(channels=1.5), dict(aux_channels=-1)], "expected")])
 def test_sizes_that_make_no_sense_are_refused_by_name(make, arguments, message):
     for given in arguments:
         name, value = list(given.items())[-1]
-        with pytest.raises(ValueError, match=rf"{name} (is )?{re.escape(repr(value))}.*{message}"):
-            make(**given)
+        assert_refused(rf"{name} (is )?{re.escape(repr(value))}.*{message}", lambda: make(**given), error=ValueError)
 
 
 def test_stochastic_depth_grows_with_depth_and_activation_checkpointing_changes_memory_alone():
-    x, state = torch.randn(4, 3, 64, 64), VisionGRU(5, **MICRO).state_dict()
-    results, kept = [], []
+    x, plain, results, kept = torch.randn(4, 3, 64, 64), VisionGRU(5, **MICRO), [], []
     for grad_checkpointing in (False, True):
-        model = VisionGRU(5, **MICRO, drop_path=0.4, grad_checkpointing=grad_checkpointing)
-        model.load_state_dict(state)
+        model, tensors = VisionGRU(5, **MICRO, drop_path=0.4, grad_checkpointing=grad_checkpointing), []
+        model.load_state_dict(plain.state_dict())
         torch.manual_seed(1)
-        tensors = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
             y = model(x)
-        results.append(with_gradients([y], model.parameters()))
+        results.append(with_gradients([y], [*model.parameters()]))
         kept.append(sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values()))
-    assert all(torch.equal(value, expected) for value, expected in zip(*results)) and kept[1] < 0.5 * kept[0]
+    assert all(map(torch.equal, *results)) and kept[1] < 0.5 * kept[0]
     rates = [block.drop_path.p for stage in model.stages for block in stage]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4]) and not torch.equal(model(x), model(x))
-    plain = VisionGRU(5, **MICRO)
-    plain.load_state_dict(state)
     assert torch.equal(model.eval()(x), plain(x))  # off by default, and when it is not trained
 
 
 # Export and compile ---------------------------------------------------------------------------------------------------
-
 any_size = pytest.mark.skipif(torch.__version__ < "2.8", reason="needs PyTorch 2.8")
-SIDES = {2: torch.export.Dim("height", min=33, max=256), 3: torch.export.Dim("width", min=33, max=256)}
-
-
-def exported(model, x, sides=None):
-    """The program of torch.export for any number of images, and for any height and width if these `sides` are given."""
-    dynamic = {0: torch.export.Dim("batch"), **(sides or {})}
-    return torch.export.export(model.eval(), (x,), dynamic_shapes=(dynamic,), strict=False)
 
 
 @any_size
@@ -430,54 +381,47 @@ def test_an_exported_scan_is_the_loop_at_any_length_in_its_range_and_needs_a_ran
     for most, lengths in (70_000, (2, 63, 64, 65, 1009, 70_000)), (10_000_000, (2, 1009)):
         program = export(most)
         for inputs in map(slow, lengths):
-            torch.testing.assert_close(program(*inputs), Scans()(*inputs, scan_sequential))
+            assert_close(program(*inputs), Scans()(*inputs, scan_sequential))
     assert_refused("no upper bound: give its torch.export.Dim a max", export, None, error=ValueError)
 
 
-def assert_runs_as_onnx(model, program, images, folder):
-    """The ONNX file's logits differ from the model's by less than 1e-4 of their deviation."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
-    torch.onnx.export(program, dynamo=True, optimize=False, verbose=False).save(folder / "model.onnx")
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    for x in images:
-        with torch.no_grad():
-            expected = model(x)
-        logits = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
-        assert logits.shape == expected.shape and (logits - expected).abs().max() < 1e-4 * expected.std()
-
-
-@pytest.mark.parametrize("size, sides, shapes", [
-    ((32, 40), {}, [(1, 3, 32, 40), (5, 3, 32, 40)]),
-    pytest.param((40, 64), SIDES, [(1, 3, 33, 50), (2, 3, 40, 64), (3, 3, 97, 130), (1, 3, 256, 200)],
-                 marks=any_size),  # 117 to 3,200 elements
-], ids=["one size", "any size"])
-@process
-def test_exported_models_run_in_onnxruntime_and_as_pt2_files_where_visiongru_is_unknown(size, sides, shapes, tmp_path):
-    model, images = VisionGRU(5, **SMALL), [torch.randn(shape) for shape in shapes]
+def model_with_short_export():
+    model = VisionGRU(5, **SMALL)
     for stage in model.stages[1:]:
         stage[0].gru = torch.nn.Identity()  # the longest scans, of stage 1, are enough: each takes seconds
-    program = exported(model, torch.randn(2, 3, *size), sides)
+    return model
+
+
+@pytest.mark.parametrize("make, sides, shapes", [
+    pytest.param(model_with_short_export, (), [(1, 3, 32, 40), (5, 3, 32, 40)], id="one size"),
+    pytest.param(model_with_short_export, ("height", "width"),  # 117 to 3,200 elements
+                 [(1, 3, 33, 50), (2, 3, 40, 64), (3, 3, 97, 130), (1, 3, 256, 200)], marks=any_size, id="any size"),
+    *(pytest.param(make, (), [(1, 3, 224, 224), (3, 3, 224, 224)], marks=pytest.mark.slow, id=f"{name} at 224_px")
+      for name, make in {"nano": visiongru_nano, "tiny": visiongru_tiny,
+                         "upernet": lambda: UPerNet(visiongru_nano(), 7, 64, 32)}.items())])
+@process
+def test_exported_models_run_in_onnxruntime_and_as_pt2_files_where_visiongru_is_unknown(make, sides, shapes, tmp_path):
+    model, images, example = make().eval(), [torch.randn(shape) for shape in shapes], torch.randn(2, *shapes[1][1:])
+    dynamic = {0: torch.export.Dim("batch")}
+    dynamic |= {axis: torch.export.Dim(side, min=33, max=256) for axis, side in enumerate(sides, start=2)}
+    program = torch.export.export(model, (example,), dynamic_shapes=(dynamic,), strict=False)
     torch.export.save(program, tmp_path / "model.pt2")
     torch.save(images, tmp_path / "images.pt")
-    with subprocess.Popen([sys.executable, "-c", """if True:
-            import sys, torch
-            sys.modules["visiongru"] = None  # to import it is an error
-            model = torch.export.load("model.pt2").module()
-            torch.save([model(x) for x in torch.load("images.pt")], "logits.pt")
-            assert "torchvision" not in sys.modules"""], cwd=tmp_path) as elsewhere:
-        try:
-            assert_runs_as_onnx(model, program, images, tmp_path)
-        finally:  # where there is no onnxruntime too
-            assert elsewhere.wait() == 0
-            torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), [model(x) for x in images])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [visiongru_nano, visiongru_tiny, lambda: UPerNet(visiongru_nano(), 7, 64, 32)],
-                         ids=["nano", "tiny", "upernet"])
-def test_onnxruntime_gives_the_logits_at_224_px(make, tmp_path):
-    model, images = make(), [torch.randn(count, 3, 224, 224) for count in (1, 3)]
-    assert_runs_as_onnx(model, exported(model, torch.randn(2, 3, 224, 224)), images, tmp_path)
+    subprocess.run([sys.executable, "-c", """if True:
+        import sys, torch
+        sys.modules["visiongru"] = None  # to import it is an error
+        model = torch.export.load("model.pt2").module()
+        torch.save([model(x) for x in torch.load("images.pt")], "logits.pt")
+        assert "torchvision" not in sys.modules"""], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        expected = [model(x) for x in images]
+    assert_close(torch.load(tmp_path / "logits.pt"), expected)
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
+    torch.onnx.export(program, dynamo=True, optimize=False, verbose=False).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for x, y in zip(images, expected):
+        logits = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        assert logits.shape == y.shape and (logits - y).abs().max() < 1e-4 * y.std()
 
 
 @pytest.mark.slow
@@ -488,7 +432,7 @@ def test_the_readmes_lines_on_compiling_and_exporting_run(tmp_path, monkeypatch)
     exec(section.split("```python")[1].split("```")[0], names)
     program = torch.export.load("tiny.pt2").module()
     x = torch.randn(3, 3, 224, 224)
-    torch.testing.assert_close(program(x), names["model"](x), rtol=1e-4, atol=1e-4)
+    assert_close(program(x), names["model"](x), rtol=1e-4, atol=1e-4)
     assert (tmp_path / "tiny.onnx").stat().st_size > 1e6
 
 
@@ -510,12 +454,11 @@ def test_a_compiled_mingru_is_the_eager_one_in_few_kernels(amp, T, reverse):
     for value, expected in zip(*results):
         scale = expected.detach().float().abs().max()
         # bf16's products and sums round to 8 bits, and not the same ones
-        torch.testing.assert_close(value / scale, expected / scale, rtol=0, atol=2**-6 if amp else 1e-6)
+        assert_close(value / scale, expected / scale, rtol=0, atol=2**-6 if amp else 1e-6)
     assert 0 < forward <= 14 and torch._inductor.metrics.generated_kernel_count <= 32
 
 
 # load_weights ---------------------------------------------------------------------------------------------------------
-
 def same(model, state):
     return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -526,15 +469,25 @@ def state_of(model, names="ours"):
     return {key: value.clone() for key, value in zip(keys, model.state_dict().values())}
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "vig.", "backbone.vig.", "module._orig_mod.",
-                                    "_orig_mod.module.vig."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "vig.", "backbone.", "backbone.vig.",
+                                    "module._orig_mod.", "_orig_mod.module.vig."])
 @pytest.mark.parametrize("names", ["ours", "release"])
-def test_weights_load_with_any_prefix(names, prefix, tmp_path):
+def test_weights_load_with_any_prefix_and_leave_a_head_of_other_classes_alone_with_one_message(names, prefix, tmp_path):
     source, path = VisionGRU(5, **MICRO), tmp_path / "w.pth"
     state = {prefix + key: value for key, value in state_of(source, names).items()}
     torch.save(state, path)
     for given in (state, path, str(path)):
         assert same(load_weights(VisionGRU(5, **MICRO), given), source.state_dict())
+    headless = {key: value for key, value in state.items() if not re.search(r"\b(head|fc)\.", key)}
+    cases = [(state, "a classifier for 5 classes instead of 7"), (headless, "no classifier")]
+    if prefix.startswith("backbone."):
+        cases.append((headless | {"decode_head.conv_seg.weight": torch.zeros(3, 4, 1, 1)}, "no classifier"))
+    for given, found in cases:
+        model = VisionGRU(7, **MICRO)
+        expected = state_of(source) | {key: value for key, value in state_of(model).items() if key.startswith("head.")}
+        with pytest.warns(UserWarning, match=f"have {found}: head keeps its initial values") as caught:
+            load_weights(model, given)
+        assert len(caught) == 1 and same(model, expected)
 
 
 @pytest.mark.parametrize("better", ["model", "ema"])
@@ -544,22 +497,6 @@ def test_of_a_checkpoint_the_better_of_model_and_ema_loads_and_of_an_averaged_mo
     for source, expected in (({**states, "better": better, "epoch": 3}, better), (states, "ema"),
                              ({**states, "ema": None, "better": "model"}, "model"), (averaged.state_dict(), "ema")):
         assert load_weights(model, source) is model and same(model, states[expected])
-
-
-@pytest.mark.parametrize("names, prefix, decoder, classes", [
-    ("ours", "", False, 5), ("release", "", False, 5), ("ours", "", False, 0), ("ours", "backbone.", False, 0),
-    ("ours", "backbone.vig.", False, 0), ("ours", "backbone.", True, 0), ("ours", "backbone.vig.", True, 0)])
-def test_a_head_of_another_class_count_or_of_none_is_left_alone_with_one_message(names, prefix, decoder, classes):
-    source, model = VisionGRU(5, **MICRO), VisionGRU(7, **MICRO)
-    expected = state_of(source) | {key: value for key, value in state_of(model).items() if key.startswith("head.")}
-    state = {prefix + key: value for key, value in state_of(source, names).items()
-             if classes or not key.startswith("head.")}
-    if decoder:
-        state["decode_head.conv_seg.weight"] = torch.zeros(3, 4, 1, 1)
-    found = "a classifier for 5 classes instead of 7" if classes else "no classifier"
-    with pytest.warns(UserWarning, match=f"have {found}: head keeps its initial values") as caught:
-        load_weights(model, state)
-    assert len(caught) == 1 and same(model, expected)
 
 
 def test_what_does_not_fit_and_files_that_hold_no_weights_are_named_and_change_nothing(tmp_path):
@@ -580,7 +517,6 @@ def test_what_does_not_fit_and_files_that_hold_no_weights_are_named_and_change_n
 
 
 # UPerNet --------------------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def test_upernets_decoder_computes_what_its_docstring_says():
     head = micro_upernet().double().eval().decode_head
@@ -597,16 +533,16 @@ def test_upernets_decoder_computes_what_its_docstring_says():
     p2 = head.lateral_convs[1](m2) + to(p3, m2)
     p1 = head.lateral_convs[0](m1) + to(p2, m1)
     finest = [to(x, p1) for x in (*(conv(p) for conv, p in zip(head.fpn_convs, (p1, p2, p3))), p4)]
-    torch.testing.assert_close(head([m1, m2, m3, m4]), head.conv_seg(head.fpn_bottleneck(torch.cat(finest, 1))))
+    assert_close(head([m1, m2, m3, m4]), head.conv_seg(head.fpn_bottleneck(torch.cat(finest, 1))))
 
 
-def test_a_decoder_for_other_classes_is_left_alone_with_two_messages_and_none_is_an_error():
-    classifier, source, model = VisionGRU(9, **MICRO), micro_upernet(5), micro_upernet(3)
-    assert same(load_weights(micro_upernet().backbone, classifier.state_dict()), classifier.state_dict())
-    assert_refused(r"no decoder; for the backbone alone: load_weights\(model.backbone", load_weights, model,
-                   classifier.state_dict(), error=ValueError)
-    without = {key: value for key, value in state_of(source).items() if "decode_head.conv" not in key}
-    assert_refused("missing: decode_head.conv_seg.weight", load_weights, model, without, error=ValueError)
+def test_upernet_takes_a_classifier_as_backbone_alone_and_keeps_a_decoder_for_other_classes_with_two_messages():
+    source, model, classifier = micro_upernet(5), micro_upernet(3), VisionGRU(9, **MICRO).state_dict()
+    assert same(load_weights(micro_upernet().backbone, classifier), classifier)
+    without_decoder = {key: value for key, value in state_of(source).items() if "decode_head.conv" not in key}
+    for state, message in ((classifier, r"no decoder; for the backbone alone: load_weights\(model.backbone"),
+                           (without_decoder, "missing: decode_head.conv_seg.weight")):
+        assert_refused(message, load_weights, model, state, error=ValueError)
     heads = {key: value for key, value in state_of(model).items() if "conv_seg." in key}
     with pytest.warns(UserWarning, match="5 classes instead of 3") as caught:
         load_weights(model, source.state_dict())
@@ -628,11 +564,9 @@ def test_the_authors_segmentation_checkpoints_load_into_upernet_and_its_backbone
 
 
 # Data: the built-in sets and the order of images ----------------------------------------------------------------------
-
 def test_a_built_in_image_depends_on_its_index_alone_and_its_mask_shows_the_shape():
-    for kind, splits in ((train.Shapes, ("train", "val")), (segment.Scenes, ("training", "validation"))):
-        image, again, other = (kind(split, length)[7][0] for split, length in
-                               ((splits[0], 20), (splits[0], 500), (splits[1], 20)))
+    for kind, first, second in (train.Shapes, "train", "val"), (segment.Scenes, "training", "validation"):
+        image, again, other = (kind(*given)[7][0] for given in ((first, 20), (first, 500), (second, 20)))
         assert image.tobytes() == again.tobytes() != other.tobytes()
     for shape in range(len(train.SHAPES)):
         image, mask = train.draw_scene([shape], 64, torch.Generator().manual_seed(shape))
@@ -703,7 +637,6 @@ def test_options_default_to_the_papers_recipes():
 
 
 # Segmentation: label maps, crops, scores ------------------------------------------------------------------------------
-
 def write_labelled(root, split, name, rows, image=None, mode=None):
     """An image NAME.jpg and its label map NAME.png, of these rows."""
     rows = torch.as_tensor(rows)
@@ -833,7 +766,7 @@ class Oracle(torch.nn.Module):
         return F.one_hot(x[:, 0].round().long().clamp(0, 3), 4).permute(0, 3, 1, 2).float()
 
 
-def test_evaluation_counts_each_known_pixel_once_at_the_label_maps_size():
+def test_evaluation_counts_each_known_pixel_once_at_the_label_maps_size_and_windows_cover_every_pixel():
     def evaluated(*masks):
         return segment.evaluate(Oracle(), [(image, mask) for mask in masks], train.Distributed(), lambda images: images)
     mask = torch.randint(0, 4, (1, 37, 50), dtype=torch.uint8)
@@ -847,9 +780,6 @@ def test_evaluation_counts_each_known_pixel_once_at_the_label_maps_size():
     assert_refused("all pixels of the validation set are ignored", evaluated, mask * 0 + 255)
     logits = torch.randn(1, 7, 4, 3)  # the argmax is that of the enlarged logits
     assert torch.equal(segment.label_map(*logits, (9, 8)), F.interpolate(logits, (9, 8), mode="bilinear").argmax(1)[0])
-
-
-def test_windows_cover_every_pixel_and_their_logits_are_averaged():
     for height, width in ((10, 40), (64, 64), (65, 97), (150, 33)):
         image = torch.randint(0, 4, (1, 3, height, width)).float()
         for window in (0, 32, 64):
@@ -857,7 +787,7 @@ def test_windows_cover_every_pixel_and_their_logits_are_averaged():
     model, seen = Oracle(), []
     model.register_forward_hook(lambda _, inputs, y: seen.append(inputs[0].shape) or torch.full_like(y, len(seen)))
     logits = segment.class_logits(model, torch.zeros(1, 3, 32, 53), window=32)
-    assert seen == [(1, 3, 32, 32)] * 2  # columns 0-31 and 21-52: a third of each in both
+    assert seen == [(1, 3, 32, 32)] * 2  # columns 0-31 and 21-52: the mean over the third of each that is in both
     assert logits[0, 0].tolist() == [1] * 21 + [1.5] * 11 + [2] * 21
 
 
@@ -865,22 +795,21 @@ def test_the_loss_is_a_mean_over_all_pixels_and_none_of_a_crop_without_labels():
     logits, masks = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randint(0, 3, (2, 4, 4))
     masks[0] = 255
     by_hand = -logits.log_softmax(1).gather(1, masks.clamp(max=2)[:, None])[1].sum() / 32
-    torch.testing.assert_close(segment.segmentation_loss((logits, logits), masks), 1.4 * by_hand)
+    assert_close(segment.segmentation_loss((logits, logits), masks), 1.4 * by_hand)
     data = type("Data", (list,), {"classes": "abc"})([(None, torch.tensor([0] * 99 + [255] * 9 + [1] * 24))])
     weights = segment.balanced_weights(data, 0.5)
-    torch.testing.assert_close(weights, torch.tensor([0.1, 0.2, 1.0]) * 126 / (100 * 0.1 + 25 * 0.2 + 1))
+    assert_close(weights, torch.tensor([0.1, 0.2, 1.0]) * 126 / (100 * 0.1 + 25 * 0.2 + 1))
     scaled = segment.segmentation_loss((logits, logits), masks.clamp(min=2), weights)  # class 2 and ignored alone
-    torch.testing.assert_close(scaled, weights[2] * segment.segmentation_loss((logits, logits), masks.clamp(min=2)))
+    assert_close(scaled, weights[2] * segment.segmentation_loss((logits, logits), masks.clamp(min=2)))
     nothing = segment.segmentation_loss((logits, logits), torch.full_like(masks, 255))
     assert nothing == 0 and torch.autograd.grad(nothing, logits)[0].abs().max() == 0
 
 
 @process
 def test_the_scripts_compile_parts_of_one_shape_once_and_validate_without(monkeypatch, capsys):
-    def compile_part(part, **kw):  # autograd's part of it takes time; for all but the head it is tested elsewhere
-        return plain(part, backend="aot_eager" if isinstance(part, FCNHead) else "eager", **kw)
-    plain = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_part)
+    plain = torch.nn.Module.compile  # autograd's part of it takes time; for all but the head it is tested elsewhere
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda part, **kw: plain(
+        part, backend="aot_eager" if isinstance(part, FCNHead) else "eager", **kw))
     torch._dynamo.reset()
     stats = torch._dynamo.utils.counters["stats"]
     stats.clear()
@@ -893,7 +822,7 @@ def test_the_scripts_compile_parts_of_one_shape_once_and_validate_without(monkey
         torch.manual_seed(1)  # the decoder's dropout
         logits, auxiliary = model(x)
         results.append([logits, *torch.autograd.grad((logits + auxiliary).square().mean(), list(model.parameters()))])
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
     assert stats["unique_graphs"] == 9  # a stem, a block for each stage, three downsamplings, the auxiliary head
     loader = [(torch.randn(1, 3, 40, 72), torch.zeros(1, 40, 72).byte())]
     segment.evaluate(compiled, loader, train.Distributed(), lambda images: images)
@@ -901,7 +830,6 @@ def test_the_scripts_compile_parts_of_one_shape_once_and_validate_without(monkey
 
 
 # Whole runs of both scripts, on small pictures in three colours -------------------------------------------------------
-
 def picture_folder(root, train_classes, val_classes):
     """A data set of so many pictures of each class, which has a colour. After the 17th they come again."""
     for split, classes in (("train", train_classes), ("val", val_classes)):
@@ -909,8 +837,8 @@ def picture_folder(root, train_classes, val_classes):
         for k, (name, count) in enumerate(classes.items()):
             (root / split / name).mkdir()
             for i in range(count):
-                pixels = torch.randint(0, 150, (40, 36, 3), generator=torch.Generator().manual_seed(100 * k + i % 17),
-                                       dtype=torch.uint8)
+                chance = torch.Generator().manual_seed(100 * k + i % 17)
+                pixels = torch.randint(0, 150, (40, 36, 3), generator=chance, dtype=torch.uint8)
                 pixels[..., k] += 100
                 Image.fromarray(pixels.numpy()).save(root / split / name / f"{i}.png")
     return root
@@ -937,18 +865,14 @@ def streets(tmp_path_factory):
     return root
 
 
-def arguments(data, out, *more):
-    return [str(word) for word in (
-        "--data", data, "--out", out, "--model", "nano", "--img-size", 32, "--epochs", 2, "--batch-size", 8,
-        "--lr", 1e-3, "--warmup-epochs", 0.5, "--model-ema-decay", 0.9, "--drop-path", 0.2, "--device", "cpu",
-        "--workers", 0, *more)]
+def arguments(data, out, *more, recipe="--img-size 32 --epochs 2 --batch-size 8 --warmup-epochs 0.5 "
+                                       "--model-ema-decay 0.9"):
+    shared = "--model nano --lr 1e-3 --drop-path 0.2 --device cpu --workers 0"
+    return [str(word) for word in ("--data", data, "--out", out, *shared.split(), *recipe.split(), *more)]
 
 
-def seg_arguments(data, out, *more):
-    return [str(word) for word in (
-        "--data", data, "--out", out, "--model", "nano", "--channels", 16, "--aux-channels", 8, "--crop-size", 32,
-        "--short-side", 40, "--iters", 6, "--eval-every", 3, "--warmup-iters", 2, "--batch-size", 4, "--lr", 1e-3,
-        "--drop-path", 0.2, "--device", "cpu", "--workers", 0, *more)]
+seg_arguments = functools.partial(arguments, recipe="--channels 16 --aux-channels 8 --crop-size 32 --short-side 40 "
+                                                    "--iters 6 --eval-every 3 --warmup-iters 2 --batch-size 4")
 
 
 def started(command):
@@ -999,18 +923,11 @@ def history(out):
 
 
 @pytest.fixture(scope="session")
-def finished(pictures, tmp_path_factory):
-    """A run left alone, with the whole recipe: every kind of randomness is on."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    assert train.main(arguments(pictures, out)) == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def segmented(streets, tmp_path_factory):
-    out = tmp_path_factory.mktemp("segmented") / "run"
-    assert segment.main(seg_arguments(streets, out)) == 0
-    return out
+def runs(pictures, streets, tmp_path_factory):
+    """For each script the folder of a run left alone, with the whole recipe: every kind of randomness is on."""
+    outs = {module: tmp_path_factory.mktemp(module.__name__) / "run" for module in (train, segment)}
+    assert train.main(arguments(pictures, outs[train])) == segment.main(seg_arguments(streets, outs[segment])) == 0
+    return outs
 
 
 @pytest.fixture
@@ -1018,34 +935,29 @@ def out(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.fixture(params=[train, segment], ids=["train", "segment"])
+def module(request):
+    """Both scripts, unless the test chooses."""
+    return request.param
+
+
 @pytest.fixture
 def words(module, pictures, streets, out):
-    """The arguments of a short run of the script `module`, to which a test adds its own."""
+    """The arguments of such a run of the script `module`, to which a test adds its own."""
     return functools.partial(*{train: (arguments, pictures), segment: (seg_arguments, streets)}[module], out)
 
 
-@pytest.fixture
-def alone(module, finished, segmented):
-    """That run, left alone."""
-    return {train: finished, segment: segmented}[module]
-
-
-both_scripts = pytest.mark.parametrize("module", [train, segment], ids=["train", "segment"])
-
-
-def micro_model(**kw):
-    """A model that trains in a moment, in place of every one that the scripts know in this process and forked ones."""
-    return VisionGRU(dim=8, depths=(1, 1, 1, 1), **kw)
-
-
+# A model that trains in a moment, in place of every one that the scripts know in this process and forked ones.
+micro_model = functools.partial(VisionGRU, dim=8, depths=(1, 1, 1, 1))
 train.MODELS.update(dict.fromkeys(train.MODELS, micro_model))
 
 
-@both_scripts
 @process
 def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, out, monkeypatch, capsys):
     clock = itertools.count(0, 25)  # seconds from one look to the next
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
+    assert train.peak_memory(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.cpu, "max_memory_allocated", lambda: 3 * 2**29, raising=False)  # as accelerators have
     steps, gently, classes, keys = {
         train: ([6, 12, 18, 24, 30, 36], "--epochs 6 --lr 4e-3 --mixup 0 --cutmix 0 --randaug 0 0 --reprob 0",
                 ["ant", "bee", "cat"], {"top1", "top5", "ema_top1", "ema_top5"}),
@@ -1054,6 +966,7 @@ def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, 
     assert module.main(words("--drop-path", 0, *gently.split())) == 0
     printed, log, best = capsys.readouterr().out, history(out), train.load_checkpoint(out / "best.pt")
     assert [entry["step"] for entry in log] == steps and keys | {"loss", "lr", "images_per_s"} <= log[0].keys()
+    assert all(entry["GiB"] == 1.5 for entry in log)
     if module is train:
         assert [entry["epoch"] for entry in log] == [1, 2, 3, 4, 5, 6] and max(entry["top1"] for entry in log) > 90
         better = load_weights(micro_model(num_classes=3), best[best["better"]])
@@ -1072,14 +985,13 @@ def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, 
 
 
 @pytest.mark.parametrize("module, more, prefix", [
-    (train, "--epochs 1 --weights ten.pt", ""), (segment, "--iters 1 --backbone-weights ten.pt", "backbone.")])
+    (train, "--epochs 1 --weights", ""), (segment, "--iters 1 --backbone-weights", "backbone.")])
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_fine_tuning_in_mixed_precision_starts_from_a_classifiers_weights(
-        module, more, prefix, amp, words, out, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    start = micro_model(num_classes=10).state_dict()
-    torch.save(start, "ten.pt")
-    assert module.main(words("--amp", amp, "--lr", 0, *more.split())) == 0
+def test_fine_tuning_in_fp16_or_bf16_starts_from_a_classifier(module, more, prefix, amp, words, out, tmp_path, capsys):
+    torch.manual_seed(1)  # not the run's, from which it would have the same weights
+    start, weights = micro_model(num_classes=10).state_dict(), tmp_path / "ten.pt"
+    torch.save(start, weights)
+    assert module.main(words("--amp", amp, "--lr", 0, *more.split(), weights)) == 0
     said = capsys.readouterr().out.count("a classifier for 10 classes instead of 3")
     assert said == (module is train) and math.isfinite(history(out)[0]["loss"])
     last = train.load_checkpoint(out / "last.pt")
@@ -1099,16 +1011,7 @@ def test_distributed_validation_of_an_odd_number_of_images_is_that_of_one_proces
     assert f"{segment.summary(history(out)[-1])} (5 images)" in by_one and "red" in by_one
 
 
-def test_the_peak_memory_of_an_accelerator_is_logged(monkeypatch):
-    class Card:
-        max_memory_allocated = staticmethod(lambda: 3 * 2**29)
-    assert train.peak_memory(torch.device("cpu")) == {}
-    monkeypatch.setattr(torch, "get_device_module", lambda device: Card)
-    assert train.peak_memory(torch.device("cuda")) == {"GiB": 1.5}
-
-
 # -k options: the user's mistakes --------------------------------------------------------------------------------------
-
 def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_leave_out(tmp_path, capsys):
     root = picture_folder(tmp_path, dict(a=2, b=1), dict(a=1, b=1)) / "train"
     for name, target in ("self", "."), ("same", "."), ("up", "../.."), ("c.png", "0.png"), ("../b/a", "../a"):
@@ -1116,14 +1019,13 @@ def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_
     for name in "a/.hidden.png", ".ipynb_checkpoints/d.png", "a/camera.jfif", "b/deep/a.gif", "loose.png", "a/text.txt":
         (root / name).parent.mkdir(exist_ok=True)
         two_colours("RGB").save(root / name, "PNG")
-    args = train.parse_arguments(["--data", str(tmp_path)])
-    images = [(str(Path(path).relative_to(root)), label) for path, label in train.open_data(args, ["train"])[0].samples]
+    args, split = train.parse_arguments(["--data", str(tmp_path)]), ["train"]
+    images = [(str(Path(path).relative_to(root)), label) for path, label in train.open_data(args, split)[0].samples]
     assert images == [("a/0.png", 0), ("a/1.png", 0), ("a/camera.jfif", 0), ("b/0.png", 1), ("b/deep/a.gif", 1)]
     assert re.fullmatch("note: 1 .*a/text.txt\nnote: 1 .*/loose.png\n", capsys.readouterr().out)
     for make in os.mkfifo, lambda path: path.symlink_to("absent"):
         make(bad := root / "a" / "x.png")
-        assert_refused("a/x.png is a pipe, a device or a broken link; expected a file",
-                       train.open_data, args, ["train"])
+        assert_refused("a/x.png is a pipe, a device or a broken link; expected a file", train.open_data, args, split)
         assert_refused("cannot read the image .*a/x.png: ", train.read_image, bad)
         bad.unlink()
 
@@ -1162,7 +1064,6 @@ def test_images_that_cannot_be_read_stop_the_run_with_their_path(workers, out, t
 
 
 BACKBONE, TRAINED, SEGMENTED = "{finished}/best.pt", "--resume {finished}/last.pt", "--resume {segmented}/last.pt"
-KEEP_IT = ".*; keep it, or start a new run with --weights"
 FOLDERS = {  # by the names in the table below: how many pictures of each class there are to train on and to validate
     "two": (dict(ant=9, bee=9), dict(ant=1, bee=1)), "three": (dict(ant=9, bee=9, cat=9), dict(ant=1, bee=1, cat=1)),
     "none": ({}, {}), "no_b": (dict(a=4, b=0), dict(a=1, b=1)), "one": (dict(train=9), dict(train=9)),
@@ -1183,7 +1084,7 @@ FOLDERS = {  # by the names in the table below: how many pictures of each class 
     (train, "--lr nan", "--lr: expected a number of at least 0, not 'nan'"),
     (train, "--weights absent.pt", "cannot open the checkpoint absent.pt: No such file"),
     (train, f"--resume {BACKBONE}", "only weights.*; resume a last.pt, or start a new run with --weights"),
-    (train, f"{TRAINED} --seed 3", f"seed was 0 and is now 3{KEEP_IT}"),
+    (train, f"{TRAINED} --seed 3", "seed was 0 and is now 3.*; keep it, or start a new run with --weights"),
     (train, TRAINED + " --data {two}", "trained on 3 classes and the data has 2"),
     (train, TRAINED + " --data {three}", "train-images was 51 and is now 27"),
     (train, f"only --eval --weights {BACKBONE} --data {{two}} --device cpu", "on 3 classes and the data has 2"),
@@ -1198,14 +1099,10 @@ FOLDERS = {  # by the names in the table below: how many pictures of each class 
     (segment, f"only --predict x --weights {BACKBONE}", "has no decode_head.conv_seg.weight; expected a check"),
     (segment, "only --predict a/1.jpg b/1.jpg --weights {segmented}/best.pt", "a/1.jpg and b/1.jpg would be written"),
     (segment, "only --num-classes 3", "--num-classes"),  # without --data
-    (train, "--data {three} --out {three}/train/run", "--out .*/three/train/run is inside the data, .*/three/train;"),
-])
-def test_options_that_make_no_sense_are_refused(module, more, message, words, out, finished, segmented, tmp_path):
-    folders = {name: tmp_path / name for name in FOLDERS}
-    for name in FOLDERS:
-        if f"{{{name}}}" in more:
-            picture_folder(folders[name], *FOLDERS[name])
-    given = more.format(finished=finished, segmented=segmented, **folders).split()
+    (train, "--data {three} --out {three}/train/run", "--out .*/three/train/run is inside the data, .*/three/train;")])
+def test_options_that_make_no_sense_are_refused(module, more, message, words, out, runs, tmp_path):
+    folders = {name: picture_folder(tmp_path / name, *counts) for name, counts in FOLDERS.items()}
+    given = more.format(finished=runs[train], segmented=runs[segment], **folders).split()
     assert_refused(message, module.main, given[1:] if given[0] == "only" else words(*given))
     assert not out.exists()
 
@@ -1245,7 +1142,6 @@ def test_environments_with_too_few_file_descriptors_are_refused_before_they_hang
 
 
 # -k "resume or signals or pipes": a run that is killed, stopped or cut off --------------------------------------------
-
 def wait_for(found, process):
     """What found() is once it is true."""
     deadline = time.monotonic() + 100
@@ -1281,11 +1177,7 @@ def crash(main, words, out, moments):
         if moment == "writing":
             os.mkfifo(out / "last.pt.tmp")  # what is written there waits until somebody reads it
             reader = os.open(out / "last.pt.tmp", os.O_RDONLY | os.O_NONBLOCK)
-
-            def bytes_of_a_checkpoint():
-                with contextlib.suppress(BlockingIOError):
-                    return os.read(reader, 1000)
-            wait_for(bytes_of_a_checkpoint, process)
+            wait_for(lambda: select.select([reader], [], [], 0)[0] and os.read(reader, 1000), process)
         number = getattr(signal, str(moment), signal.SIGKILL)
         os.kill(process.pid, number)
         process.join(100)
@@ -1316,19 +1208,15 @@ def assert_same_end(out, alone):
         assert comparable(read(out / name)) == comparable(read(alone / name)), name
 
 
-def begun(out, alone, step, **more):
-    """Leaves in the folder `out` a last.pt of the run in `alone` after so many steps, before the first validation."""
-    last = train.load_checkpoint(alone / "last.pt") | {"validated": 0, "log": [], **more}
-    last["scheduler"]["last_epoch"] = step
-    out.mkdir()
-    torch.save(last, out / "last.pt")
+def contents(folder):
+    return {path: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("module, moments", [(train, [2, "SIGINT", "writing"]), (segment, [1, "SIGHUP"])])
 @process
-def test_resume_after_kills_and_signals_anywhere_ends_with_the_same_bits(module, moments, words, alone, out):
+def test_resume_after_kills_and_signals_anywhere_ends_with_the_same_bits(module, moments, words, runs, out):
     crash(module.main, words("--save-every", 1, "--workers", 1), out, moments)
-    assert_same_end(out, alone)
+    assert_same_end(out, runs[module])
 
 
 @pytest.mark.slow
@@ -1344,16 +1232,16 @@ def test_resume_after_twenty_kills_on_the_built_in_set(module, words, out, tmp_p
     assert_same_end(out, tmp_path / "alone")
 
 
-def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one(finished, pictures, tmp_path):
+def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one(runs, pictures, tmp_path):
     for name, *auto in ("last.pt",), ("best.pt", ("--resume", "auto")), ("log.jsonl", ("--resume", "auto")):
         out = tmp_path / name / "run"
         out.mkdir(parents=True)
-        (out / name).write_text("dear")
-        for resume in (), ("--resume", finished / "last.pt"), *auto:
+        (out / name).write_bytes(b"dear")
+        for resume in (), ("--resume", runs[train] / "last.pt"), *auto:
             advice = "add --resume auto to continue from .*last.pt" if name == "last.pt" else "remove it"
             assert_refused(f"{name} already exists: {advice}, or choose another --out",
                            train.main, arguments(pictures, out, *resume))
-        assert (out / name).read_text() == "dear" and len(list(out.iterdir())) == 1
+        assert contents(out) == {out / name: b"dear"}
 
 
 def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_is_killed(pictures, tmp_path):
@@ -1381,48 +1269,30 @@ def test_resume_or_refuse_of_two_runs_in_one_folder_the_second_until_the_first_i
     ("best.pt", lambda path, other: shutil.copy(other, path), "best.pt was trained on other classes"),
     ("last.pt", lambda path, other: path.symlink_to("/absent/l.pt"), "cannot open the checkpoint /absent/l.pt: No "),
 ], ids=["damaged", "not mounted", "another run's", "last.pt not mounted"])
-def test_resume_knows_what_best_pt_holds_and_where_a_link_leads(
-        name, harm, message, finished, segmented, pictures, out):
-    shutil.copytree(finished, out)
+def test_resume_knows_what_best_pt_holds_and_where_links_lead(name, harm, message, runs, pictures, out):
+    shutil.copytree(runs[train], out)
     (out / name).unlink()
-    harm(out / name, segmented / "best.pt")
-
-    def found():
-        return {path: os.readlink(path) if path.is_symlink() else path.read_bytes() for path in out.iterdir()}
-    before = found()
+    harm(out / name, runs[segment] / "best.pt")
+    before = contents(out)
     assert_refused(message, train.main, arguments(pictures, out, "--resume", "auto"))
-    assert found() == before
+    assert contents(out) == before
 
 
-def test_resume_without_best_pt_validates_again_to_write_another(finished, pictures, out, capsys):
-    shutil.copytree(finished, out)
-    (out / "best.pt").unlink()
-    assert train.main(arguments(pictures, out, "--resume", "auto")) == 0
-    assert comparable(history(out)) == comparable(history(finished))
-    best, score = train.load_checkpoint(out / "best.pt"), max(history(out)[-1][key] for key in ("top1", "ema_top1"))
-    assert best["best"] == score and f"has top-1 {score:.2f} %" in capsys.readouterr().out
-
-
-@both_scripts
-def test_resume_with_other_files_of_the_same_names_is_refused(module, words, alone, out, pictures, streets, tmp_path):
-    data, kind, names = {train: (pictures, "training", "train/ant/*"),
-                         segment: (streets, "validation", "annotations/validation/*")}[module]
+def test_resume_without_best_pt_and_with_other_files(module, words, runs, out, pictures, streets, tmp_path, capsys):
+    data, kind, names, keys, said = {
+        train: (pictures, "training", "train/ant/*", ["top1", "ema_top1"], "has top-1 {:.2f} %."),
+        segment: (streets, "validation", "annotations/validation/*", ["miou"], "has mIoU {:.2f}.")}[module]
     shutil.copytree(data, copy := tmp_path / "data")
-    shutil.copytree(alone, out)
+    shutil.copytree(runs[module], out)
+    (out / "best.pt").unlink()
     words = words("--resume", "auto", "--data", copy)
-    assert module.main(words) == 0  # the same files elsewhere
+    assert module.main(words) == 0  # the same files elsewhere: it validates again
+    assert comparable(history(out)) == comparable(history(runs[module]))
+    best, score = train.load_checkpoint(out / "best.pt"), max(history(out)[-1][key] for key in keys)
+    assert best["best"] == score and said.format(score) in capsys.readouterr().out
     first, second, *_ = copy.glob(names)
     first.rename(tmp_path / "first"), second.rename(first), (tmp_path / "first").rename(second)
     assert_refused(f"contents-of-{kind}-files was [0-9a-f]+ and is now", module.main, words)
-
-
-def test_resume_with_more_epochs_takes_the_rates_of_the_new_schedule(finished, pictures, out, monkeypatch):
-    rates, train_step = {}, train.train_step
-    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
-        rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), train_step(run, *rest)))
-    shutil.copytree(finished, out)
-    assert train.main(arguments(pictures, out, "--epochs", 3, "--resume", "auto")) == 0
-    assert rates == {step: 1e-3 * train.warmup_cosine(step, 18, 3) for step in range(12, 18)}
 
 
 def test_resume_with_other_iters_and_validations_goes_on_from_the_last_step(streets, out):
@@ -1432,41 +1302,38 @@ def test_resume_with_other_iters_and_validations_goes_on_from_the_last_step(stre
         assert [line["step"] for line in history(out)] == validated
 
 
-def test_resume_in_another_folder_in_fp16_skips_gradients_that_overflow(finished, pictures, tmp_path):
-    begun(tmp_path / "from", finished, 0, scaler={"scale": 2.0**30, "growth_factor": 2.0, "backoff_factor": 0.5,
-                                                   "growth_interval": 2000, "_growth_tracker": 0})
-    assert train.main(arguments(pictures, tmp_path / "to", "--amp", "fp16", "--epochs", 4,
-                                "--resume", tmp_path / "from" / "last.pt")) == 0
-    before, after = (train.load_checkpoint(tmp_path / name / "last.pt") for name in ("from", "to"))
+def test_resume_to_more_epochs_in_fp16_takes_their_rates_and_skips_overflow(runs, pictures, out, tmp_path, monkeypatch):
+    rates, train_step, before = {}, train.train_step, train.load_checkpoint(runs[train] / "last.pt")
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
+        rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), train_step(run, *rest)))
+    torch.save(before | {"scaler": {"scale": 2.0**30, "_growth_tracker": 0}}, tmp_path / "from.pt")
+    words = "--amp", "fp16", "--epochs", 6, "--resume", tmp_path / "from.pt"
+    assert train.main(arguments(pictures, out, *words)) == 0
+    assert rates == {step: 1e-3 * train.warmup_cosine(step, 36, 3) for step in range(12, 36)}
+    after = train.load_checkpoint(out / "last.pt")
     assert 2.0**8 < after["scaler"]["scale"] < 2.0**28  # some steps were skipped, and others not
     assert not torch.equal(after["model"]["head.weight"], before["model"]["head.weight"])
     assert all(value.isfinite().all() for value in [*after["model"].values(), *after["ema"].values()])
-    assert len(history(tmp_path / "to")) == 4 and (tmp_path / "to" / "best.pt").exists()
+    assert len(history(out)) == 6 and (out / "best.pt").exists()
 
 
-@both_scripts
-def test_signals_during_validation_end_it_and_a_resumed_run_begins_with_it(module, words, alone, out, monkeypatch):
-    plain, seen = module.eval_transform, []
+def test_signals_during_a_step_and_during_validation_stop_them_and_are_resumed(module, words, runs, out, monkeypatch):
+    train_step, eval_transform, seen = train.train_step, module.eval_transform, []
 
     def told(*args, **kw):
-        transform = plain(*args, **kw)
+        transform = eval_transform(*args, **kw)
         return lambda *item: (seen.append(1), signal.raise_signal(signal.SIGTERM), transform(*item))[2]
+    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
+        run.step == 1 and signal.raise_signal(signal.SIGTERM), train_step(run, *rest)))
+    assert module.main(words()) == 128 + signal.SIGTERM
+    assert train.load_checkpoint(out / "last.pt")["step"] in (2, 3)  # at most one more is taken
     monkeypatch.setattr(module, "eval_transform", told)
     monkeypatch.setattr(train.os, "_exit", lambda status: None)  # the signal comes again for each image of a batch
-    assert module.main(words()) == 128 + signal.SIGTERM
+    assert module.main(words("--resume", "auto")) == 128 + signal.SIGTERM
     assert len(seen) == {train: 8, segment: 1}[module] and not (out / "log.jsonl").exists()  # one batch
-    monkeypatch.setattr(module, "eval_transform", plain)
-    assert module.main(words("--resume", "auto")) == 0
-    assert_same_end(out, alone)
-
-
-@both_scripts
-def test_signals_during_a_step_let_it_and_at_most_one_more_end_and_save(module, words, out, monkeypatch):
-    plain = train.train_step
-    monkeypatch.setattr(train, "train_step", lambda run, *rest: (
-        run.step == 1 and signal.raise_signal(signal.SIGTERM), plain(run, *rest)))
-    assert module.main(words()) == 128 + signal.SIGTERM
-    assert train.load_checkpoint(out / "last.pt")["step"] in (2, 3)
+    monkeypatch.setattr(module, "eval_transform", eval_transform)
+    assert module.main(words("--resume", "auto")) == 0  # begins with the validation
+    assert_same_end(out, runs[module])
 
 
 def children(process):
@@ -1490,12 +1357,11 @@ def test_pipes_a_run_goes_on_without_its_reader_and_ends_with_an_error_without_i
 
 @pytest.mark.parametrize("module, use", [(train, "--eval --data {pictures}"), (segment, "--eval --data {streets}"),
                                          (train, "--predict {pictures}/val/ant/0.png")])
-def test_pipes_a_result_that_cannot_be_written_is_an_error(
-        module, use, alone, pictures, streets, monkeypatch, capsys):
+def test_pipes_a_result_that_cannot_be_written_is_an_error(module, use, runs, pictures, streets, monkeypatch, capsys):
     use = use.format(pictures=pictures, streets=streets).split()
     with open("/dev/full", "w") as full, monkeypatch.context() as patch, pytest.raises(SystemExit, match="2"):
         patch.setattr(sys, "stdout", full)
-        train.run_main(lambda: module.main([*use, "--weights", f"{alone}/best.pt", "--device", "cpu"]))
+        train.run_main(lambda: module.main([*use, "--weights", f"{runs[module]}/best.pt", "--device", "cpu"]))
     assert capsys.readouterr().err == "error: cannot write the result to the standard output: No space left on device\n"
 
 
@@ -1530,7 +1396,6 @@ def test_signals_given_twice_stop_at_once(workers, pictures, out):
 
 
 # -k distributed: several processes and hosts --------------------------------------------------------------------------
-
 @pytest.fixture(scope="session")
 def pair(pictures, tmp_path_factory):
     """A run of two processes on one host, left alone; without drop-path, which depends on the number of processes."""
@@ -1577,20 +1442,17 @@ def test_distributed_an_error_is_one_line_whether_one_process_meets_it_or_all(pi
         assert process.returncode == 1 and err.count(message) == 1 and "train.py\", line" not in err
 
 
-def test_distributed_processes_that_read_different_checkpoints_are_refused(finished, pictures):
-    class Two(train.Distributed):
-        def all_gather(self, value):  # from this process and from another, which is one step on
-            return [value, (value[0] + 1, value[1])]
-    args = train.parse_arguments(arguments(pictures, finished, "--resume", "auto"))
+def test_distributed_processes_that_read_different_checkpoints_are_refused(runs, pictures, monkeypatch):
+    monkeypatch.setattr(train.Distributed, "all_gather", lambda self, read: [read, (read[0] + 1, read[1])])
     message = "last.pt differs between processes: --out must be on storage shared by all"
-    assert_refused(message, train.train, args, Two(0, 2))
+    assert_refused(message, train.main, arguments(pictures, runs[train], "--resume", "auto"))
 
 
 # Two hosts with a cable between them: two network, host name and mount namespaces, made without a privilege.
 HOSTS = """
 mount --bind {hosts} /etc/hosts && ip link set lo up && hostname first || exit 9
 unshare -nu sh -c 'hostname second; ip link set lo up; until ip addr add 10.99.0.2/24 dev right; do sleep 0.1; done
-                   ip link set right up; exec {command}' 2> {second} &
+                   ip link set right up; exec {command}' 2> {hosts}.second &
 while [ "$(readlink /proc/$!/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done  # not yet unshared
 ip link add left type veth peer name right netns $! && ip addr add 10.99.0.1/24 dev left && ip link set left up
 {command}; status=$?
@@ -1604,37 +1466,34 @@ CABLE = shutil.which("unshare") and subprocess.run(
 def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, out, tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 first\n10.99.0.2 second\n")
     endpoint = f"--rdzv_endpoint={'first' if CABLE else 'localhost'}:29567"
-    command = torchrun(1, *arguments(pictures, out, "--drop-path", 0, "--resume", "auto"),
-                       options=("--nnodes=2", "--rdzv_backend=c10d", endpoint))
-    if CABLE:
-        lines = HOSTS.format(hosts=tmp_path / "hosts", command=shlex.join(map(str, command)),
-                             second=tmp_path / "second.txt")
-        end_of(started(["unshare", "-rnum", "sh", "-c", lines]))
-    else:  # where namespaces are forbidden: two agents that meet on the loopback device
-        for agent in [started(command) for _ in range(2)]:
-            end_of(agent)
+    agent = torchrun(1, *arguments(pictures, out, "--drop-path", 0, "--resume", "auto"),
+                     options=("--nnodes=2", "--rdzv_backend=c10d", endpoint))
+    lines = HOSTS.format(hosts=tmp_path / "hosts", command=shlex.join(map(str, agent)))
+    # Where namespaces are forbidden, two agents meet on the loopback device.
+    commands = [["unshare", "-rnum", "sh", "-c", lines]] if CABLE else [agent, agent]
+    for process in [started(command) for command in commands]:
+        end_of(process)
     ours, theirs = (train.load_checkpoint(folder / "last.pt") for folder in (out, pair))
     for kind in "model", "ema":
-        torch.testing.assert_close(ours[kind], theirs[kind], rtol=0, atol=1e-5)
+        assert_close(ours[kind], theirs[kind], rtol=0, atol=1e-5)
 
 
 # -k cuda --------------------------------------------------------------------------------------------------------------
+one_gpu, two_gpus = (pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs CUDA devices: {count}")
+                     for count in (1, 2))
 
-def cuda(devices):
-    return pytest.mark.skipif(torch.cuda.device_count() < devices, reason=f"needs CUDA devices: {devices}")
 
-
-@cuda(1)
+@one_gpu
 @each_way
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cuda_a_mingru_in_bf16_is_as_near_to_float64_as_on_a_cpu(compiled, with_h0, reverse, device="cuda"):
-    gru, x, h0 = MinGRU(16), torch.randn(2, 3136, 16), torch.rand(2, 32) if with_h0 else None
+    gru, given = MinGRU(16), [torch.randn(2, 3136, 16), torch.rand(2, 32)][:1 + with_h0]
 
     def results(device, dtype, amp, network=lambda gru: gru):
         module = copy.deepcopy(gru).to(device, dtype)
-        inputs = [t if t is None else t.to(device, dtype).requires_grad_() for t in (x, h0)]
+        inputs = [t.to(device, dtype).requires_grad_() for t in given]
         with torch.autocast(device, torch.bfloat16, enabled=amp):
-            values = with_gradients(network(module)(*inputs, reverse), [*inputs, *module.parameters()])
+            values = with_gradients(network(module)(*inputs, reverse=reverse), [*inputs, *module.parameters()])
         return [value.double().cpu() for value in values]
     exact, half = results("cpu", torch.float64, False), results("cpu", torch.float32, True)
     seen = results(device, torch.float32, True, torch.compile if compiled else lambda gru: gru)
@@ -1642,11 +1501,9 @@ def test_cuda_a_mingru_in_bf16_is_as_near_to_float64_as_on_a_cpu(compiled, with_
         assert (value - reference).norm() <= 2 * (other - reference).norm()
 
 
-@cuda(1)
-@both_scripts
+@one_gpu
 @process
-def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_evaluates_there(
-        module, words, tmp_path, monkeypatch, capsys, device="cuda"):
+def test_cuda_compiled_run_in_bf16_has_the_losses_of_a_cpu(module, words, tmp_path, monkeypatch, capsys, device="cuda"):
     monkeypatch.setitem(train.MODELS, "nano", visiongru_nano)
     same_images = ("--drop-path", 0) if module is segment else ("--drop-path", 0, "--reprob", 0)
     for name, more in ("cpu", ()), ("other", ("--device", device, "--amp", "bf16", "--compile")):
@@ -1657,8 +1514,7 @@ def test_cuda_a_compiled_run_in_bf16_has_the_losses_of_a_cpu_and_evaluates_there
     assert module.main(["--eval", *weights, *words()[:2], "--device", "cpu"]) == 0
 
 
-@cuda(2)
-@both_scripts
+@two_gpus
 @process
 def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(module, words, tmp_path, device="cuda"):
     more = ("--lr", 0) if module is segment else ()  # dropout differs, and only what comes before it is compared
@@ -1671,11 +1527,10 @@ def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(m
     else:
         one, two = (train.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in "12")
         for name in [name for name in one if "running_" in name]:  # of batches of 4 images, not of 2
-            torch.testing.assert_close(two[name], one[name], rtol=0.01, atol=1e-4)
+            assert_close(two[name], one[name], rtol=0.01, atol=1e-4)
 
 
 # -k reproducible: the same result in any shape of the machine ---------------------------------------------------------
-
 def largest_difference(out, alone):
     """Of the losses of two runs, whose rates and scores are the same."""
     pairs = list(zip(history(out), history(alone), strict=True))
@@ -1705,7 +1560,6 @@ def test_reproducible_losses_over_fifty_steps_in_all_27_shapes_of_the_machine(tm
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@both_scripts
 @process
 def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machine(module, words):
     seen, shapes = {}, [(p, a, 0) for p in (1, 2, 4) for a in (1, 2, 4)] + [(1, 1, 1), (1, 1, 4), (2, 1, 1), (1, 4, 4)]
@@ -1722,56 +1576,53 @@ def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machi
             for number, (images, targets) in enumerate(loader):
                 step, first = 5 + number // accum, (rank * accum + number % accum) * len(images)
                 images, targets = augment(normalize(images), targets, first, step, 3, args)
-                items += [(step, image.numpy().tobytes(), target.numpy().tobytes())
-                          for image, target in zip(images, targets)]
+                items += [(step, *(tensor.numpy().tobytes() for tensor in pair)) for pair in zip(images, targets)]
         seen[count, accum, workers] = sorted(items)
     assert len(seen[1, 1, 0]) == len({image for _, image, _ in seen[1, 1, 0]}) == 64
     assert all(items == seen[1, 1, 0] for items in seen.values())
 
 
 # -k disk --------------------------------------------------------------------------------------------------------------
-
-@both_scripts
-def test_disk_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(module, words, alone, out, capsys):
-    begun(out, alone, 2)
-    before = (out / "last.pt").read_bytes()
+def test_disk_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(module, words, runs, out, capsys):
+    shutil.copytree(runs[module], out)
+    before, longer = contents(out), {train: ("--epochs", 3), segment: ("--iters", 9)}[module]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))  # in bytes, as with `ulimit -f`
     try:
         with pytest.raises(SystemExit, match="2"):
-            train.run_main(lambda: module.main(words("--resume", "auto", "--save-every", 1)))
+            train.run_main(lambda: module.main(words("--resume", "auto", "--save-every", 1, *longer)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.search("^error: cannot write .*last.pt: File too large", capsys.readouterr().err, re.MULTILINE)
-    assert (out / "last.pt").read_bytes() == before and [path.name for path in out.iterdir()] == ["last.pt"]
+    assert contents(out) == before
 
 
 def test_disk_full_is_named_and_what_was_there_stays(tmp_path):
-    (tmp_path / "file").write_text("dear")
+    path = tmp_path / "file"
+    path.write_bytes(b"dear")
     (tmp_path / "file.tmp").symlink_to("/dev/full")  # a device on which there is never any space
-    assert_refused("cannot write .*file: No space left on device; .* is unchanged", train.atomic_write,
-                   tmp_path / "file", bytes(10**6))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "dear"
+    message = "cannot write .*file: No space left on device; .* is unchanged"
+    assert_refused(message, train.atomic_write, path, bytes(10**6))
+    assert contents(tmp_path) == {path: b"dear"}
 
 
-def test_disk_predictions_replace_nothing(segmented, pictures, tmp_path):
-    words = ["--predict", str(pictures / "val/ant/0.png"), "--weights", f"{segmented}/best.pt", "--device", "cpu",
-             "--out", str(tmp_path)]
-    assert segment.main(words) == 0
+def test_disk_predictions_replace_nothing(runs, pictures, tmp_path):
+    use = f"--predict {pictures}/val/ant/0.png --weights {runs[segment]}/best.pt --device cpu --out {tmp_path}".split()
+    assert segment.main(use) == 0
     labels, overlay = tmp_path / "0_labels.png", tmp_path / "0_overlay.png"
     before = labels.read_bytes()
     for prepare in (lambda: None, overlay.unlink, lambda: (labels.unlink(), labels.symlink_to("absent"))):
         prepare()
-        assert_refused(f"{labels} already exists; move it, or choose another --out", segment.main, words)
+        assert_refused(f"{labels} already exists; move it, or choose another --out", segment.main, use)
         assert labels.is_symlink() or labels.read_bytes() == before
 
 
-def test_disk_a_folder_that_cannot_be_written_to_is_found_before_training(segmented, pictures, streets, tmp_path):
+def test_disk_a_folder_that_cannot_be_written_to_is_found_before_training(runs, pictures, streets, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "sealed").mkdir(mode=0o500)
     outs = [tmp_path / "file", tmp_path / "file" / "run"]  # and /sys is one where not even root can write
     outs += [tmp_path / "sealed", tmp_path / "sealed" / "run"] if os.geteuid() else [Path("/sys"), Path("/proc/run")]
-    predict = ["--predict", "x", "--weights", f"{segmented}/best.pt"]
+    predict = ["--predict", "x", "--weights", f"{runs[segment]}/best.pt"]
     for out in outs:
         message = f"--out {out}: cannot write in this folder: "
         assert_refused(message, train.main, arguments(pictures, out))
@@ -1781,7 +1632,6 @@ def test_disk_a_folder_that_cannot_be_written_to_is_found_before_training(segmen
 
 
 # -k "images or checkpoints": hostile and broken files -----------------------------------------------------------------
-
 def grey_ramp(mode):
     """0, 1/4, 1/2 and 3/4 of white, a column each, and white, in 16 bits."""
     ramp = torch.tensor([0, 16384, 32768, 49152, 65535]).expand(4, 5).contiguous()
@@ -1795,21 +1645,10 @@ def two_colours(mode, size=(40, 20)):
     return image.convert(mode)
 
 
-def transparent(mode):
-    """A quarter of the way from black to the paper, and the paper."""
-    image = Image.new("RGBA", (4, 4), (0, 0, 0, 191))
-    image.paste((0, 0, 0, 0), (0, 0, 2, 4))
-    return image.convert(mode)
-
-
 def exif(orientation):
     data = Image.Exif()
     data[0x0112] = orientation
     return data
-
-
-def jpeg(**options):
-    return bytes(train.encoded(two_colours("RGB").save, format="JPEG", quality=95, **options))
 
 
 def header(width, height, bits=8, kind=2, rows=b""):
@@ -1820,10 +1659,13 @@ def header(width, height, bits=8, kind=2, rows=b""):
             + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
+JPEG = bytes(train.encoded(two_colours("RGB").save, format="JPEG", quality=95))
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
 # PIL's reader of IPTC opens what lies in the last field with all its readers, and that of EPS runs Ghostscript.
 IPTC = b"".join(struct.pack(">BBBH", 28, *field, len(data)) + data for field, data in [
     ((3, 60), b"\1\0"), ((3, 20), b"\x09"), ((3, 30), b"\x09"), ((3, 120), b"\5"), ((8, 10), EPS)])
+GLASS = Image.new("RGBA", (4, 4), (0, 0, 0, 191))  # a quarter of the way from black to the paper, and the paper
+GLASS.paste((0, 0, 0, 0), (0, 0, 2, 4))
 RED, BLUE, WHITE = (254, 0, 0), (0, 0, 254), (255, 255, 255)
 FRAMES = dict(save_all=True, append_images=2 * [Image.new("RGB", (40, 20), "green")])
 UPRIGHT, TURNED = ((40, 20), {(5, 5): RED, (5, 15): BLUE}), ((40, 20), {(5, 5): BLUE, (5, 15): RED})
@@ -1839,8 +1681,8 @@ IMAGES = {
     "black and white.png": (Image.new("1", (3, 3), 1), {}, (3, 3), {(1, 1): (255, 255, 255)}),
     "cmyk.jpg":            (two_colours("CMYK"), {"quality": 95}, *UPRIGHT),
     # What is transparent lies on white.
-    "rgba.png":            (transparent("RGBA"), {}, *ON_WHITE),
-    "grey and alpha.png":  (transparent("LA"), {}, *ON_WHITE),
+    "rgba.png":            (GLASS, {}, *ON_WHITE),
+    "grey and alpha.png":  (GLASS.convert("LA"), {}, *ON_WHITE),
     "one colour out.png":  (two_colours("RGB"), {"transparency": (0, 0, 255)}, (40, 20), {(5, 5): RED, (5, 15): WHITE}),
     "palette, alpha.png":  (two_colours("P"), {"transparency": bytes([0] * 256)}, (40, 20), {(5, 5): (255, 255, 255)}),
     # 16 bits are cut to 8: a ramp stays a ramp.
@@ -1854,12 +1696,10 @@ IMAGES = {
                             {(15, 5): RED, (5, 5): BLUE}),
     "turned 3.png":        (two_colours("RGB"), {"exif": exif(3)}, *TURNED),
     "mirrored 4.jpg":      (two_colours("RGB"), {"exif": exif(4), "quality": 95}, *TURNED),
-    "bad exif.jpg":        (jpeg(exif=b"Exif\0\0" + bytes(range(60))), None, (40, 20), {(5, 5): RED}),
+    "bad exif.jpg":        (two_colours("RGB"), {"exif": b"Exif\0\0" + bytes(range(60))}, (40, 20), {(5, 5): RED}),
     # Of an animation the first frame.
-    "gif.gif":             (two_colours("RGB"), FRAMES, *UPRIGHT),
-    "animated.png":        (two_colours("RGB"), FRAMES, *UPRIGHT),
+    **{name: (two_colours("RGB"), FRAMES, *UPRIGHT) for name in ("gif.gif", "animated.png", "pages.tif")},
     "webp.webp":           (two_colours("RGB"), {**FRAMES, "lossless": True}, *UPRIGHT),
-    "pages.tif":           (two_colours("RGB"), FRAMES, *UPRIGHT),
     # Any size that memory can hold.
     "one pixel.png":       (Image.new("RGB", (1, 1), "red"), {}, (1, 1), {(0, 0): RED}),
     "long.png":            (two_colours("RGB", (5000, 8)), {}, (5000, 8), {(4999, 0): RED, (0, 7): BLUE}),
@@ -1868,12 +1708,12 @@ IMAGES = {
     "huge.png":            (header(60_000, 60_000), None, r"3600000000 pixels\) exceeds limit", None),
     "empty.jpg":           (b"", None, "cannot identify image file", None),
     "text.jpg":            (b"a holiday picture\n" * 9, None, "cannot identify image file", None),
-    "half.jpg":            (jpeg()[:len(jpeg()) // 2], None, "truncated|Truncated", None),
+    "half.jpg":            (JPEG[:len(JPEG) // 2], None, "truncated|Truncated", None),
     "header alone.png":    (header(40, 20), None, "truncated|broken|unrecognized|not enough", None),
     # A list says which formats are read; some of PIL's others hold programs.
     "program.jpg":         (EPS, None, "cannot identify image file", None),
     "program inside.jpg":  (IPTC, None, "cannot identify image file", None),
-    "camera.jfif":         (jpeg(), None, *UPRIGHT),
+    "camera.jfif":         (JPEG, None, *UPRIGHT),
     "targa.tga":           (two_colours("RGB"), {}, "cannot identify image file", None),
 }
 
@@ -1897,7 +1737,7 @@ def test_images_are_read_as_a_person_sees_them_or_refused_with_path_and_reason(n
 
 
 @process
-def test_images_that_can_be_read_can_be_trained_on_and_predicted(finished, segmented, tmp_path, capsys):
+def test_images_that_can_be_read_can_be_trained_on_and_predicted(runs, tmp_path, capsys):
     args, whole = (train.parse_arguments(arguments("x", "x", "--crop-scale", share)) for share in (0.08, 1))
     seg_args, out = segment.parse_arguments(seg_arguments("x", "x")), tmp_path / "out"
     refused = [str(write_image(name, tmp_path)) for name, row in IMAGES.items() if row[3] is None]
@@ -1907,11 +1747,11 @@ def test_images_that_can_be_read_can_be_trained_on_and_predicted(finished, segme
             assert transform(image).shape == (3, 32, 32)
         mask = torch.zeros(image.height, image.width, dtype=torch.uint8)
         assert segment.TrainTransform(seg_args)(image, mask)[0].shape == (3, 32, 32)
-    checkpoint, weights, seen = train.load_checkpoint(segmented / "best.pt"), str(tmp_path / "segmented.pt"), set()
+    checkpoint, weights, seen = train.load_checkpoint(runs[segment] / "best.pt"), str(tmp_path / "segmented.pt"), set()
     checkpoint["model"]["decode_head.conv_seg.bias"].zero_()  # then it finds every class somewhere
     torch.save(checkpoint, weights)
     use = ["--device", "cpu", "--weights"]
-    for module, more in (segment, [weights, "--out", str(out)]), (train, [f"{finished}/best.pt"]):
+    for module, more in (segment, [weights, "--out", str(out)]), (train, [f"{runs[train]}/best.pt"]):
         assert module.main(["--predict", *refused, *paths, *use, *more]) == 2
         printed, err = capsys.readouterr()
         assert all(f"cannot read the image {path}: " in err for path in refused)  # which keeps it not from the others
@@ -1952,10 +1792,6 @@ class Trap:
         return os.mkdir, ("trap",)
 
 
-def flipped(data, place):
-    return data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1:]
-
-
 DAMAGED = 3 * ["not written by torch.save, or it is damaged"]
 CODE = 3 * ["holds Python objects, and loading those executes code.*keep its tensors"]
 NONE = 3 * ["is neither a checkpoint of these scripts nor a state dict"]
@@ -1981,7 +1817,6 @@ CHECKPOINTS = {
     "without its end":   (lambda data, c: data[:-30], DAMAGED),
     "empty":             (lambda data, c: b"", DAMAGED),
     "text":              (lambda data, c: b"learning rate 3\n", DAMAGED),
-    "a bit flipped":     (lambda data, c: flipped(data, len(data) // 2), DAMAGED),
     "a list":            (lambda data, c: saved([1, 2]), NONE),
     "a program":         (lambda data, c: saved({**c, "more": Trap()}), CODE),
     "an old program":    (lambda data, c: saved(Trap(), _use_new_zipfile_serialization=False), CODE),
@@ -2022,11 +1857,11 @@ def saved(thing, **how):
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_checkpoints_are_used_or_refused_with_path_and_reason(kind, finished, pictures, tmp_path, monkeypatch):
+def test_checkpoints_are_used_or_refused_with_path_and_reason(kind, runs, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make, reasons = CHECKPOINTS[kind]
-    content = train.load_checkpoint(finished / "last.pt")
-    Path("bad.pt").write_bytes(make((finished / "last.pt").read_bytes(), content))
+    content = train.load_checkpoint(runs[train] / "last.pt")
+    Path("bad.pt").write_bytes(make((runs[train] / "last.pt").read_bytes(), content))
     model = ("--model", "nano") if kind in ("weights alone", "no settings") else ()
     uses = (arguments(pictures, "resumed", "--resume", "bad.pt"),
             arguments(pictures, "begun", "--weights", "bad.pt", "--lr", 0, "--epochs", 1),
@@ -2043,8 +1878,9 @@ def test_checkpoints_with_a_flipped_bit_are_refused_or_unharmed(tmp_path):
     content = {"model": VisionGRU(3, **SMALL).state_dict(), "step": 3, "args": {"lr": 0.1}}
     data, chance, found = saved(content), random.Random(0), 0
     for _ in range(300):
-        place = chance.randrange(len(data))
-        (tmp_path / "flipped.pt").write_bytes(flipped(data, place))
+        flipped, place = bytearray(data), chance.randrange(len(data))
+        flipped[place] ^= 0x10
+        (tmp_path / "flipped.pt").write_bytes(flipped)
         try:
             assert comparable(train.load_checkpoint(tmp_path / "flipped.pt")) == comparable(content)
         except train.UserError as error:
@@ -2054,7 +1890,6 @@ def test_checkpoints_with_a_flipped_bit_are_refused_or_unharmed(tmp_path):
 
 
 # -k finite ------------------------------------------------------------------------------------------------------------
-
 @each_scan
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_finite_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
@@ -2076,10 +1911,9 @@ def test_finite_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
             assert not any(t.isnan().any() for t in (*outputs, *grads)), (T, reverse, inputs)
 
 
-@both_scripts
-def test_finite_logits_or_no_class_is_named(module, words, alone, pictures, tmp_path, monkeypatch, capsys):
+def test_finite_logits_or_no_class_is_named(module, words, runs, pictures, tmp_path, monkeypatch, capsys):
     name, number = ("head.weight", 3e38) if module is train else ("decode_head.bottleneck.1.running_var", -1)
-    checkpoint, bad = train.load_checkpoint(alone / "best.pt"), tmp_path / "bad.pt"
+    checkpoint, bad = train.load_checkpoint(runs[module] / "best.pt"), tmp_path / "bad.pt"
     for state in filter(None, (checkpoint["model"], checkpoint["ema"])):
         state[name].fill_(number)
     torch.save(checkpoint, bad)
@@ -2119,7 +1953,6 @@ def test_finite_or_else_the_run_ends_and_nothing_is_saved(more, unsound, reason,
 
 
 # -k options: any command line -----------------------------------------------------------------------------------------
-
 NUMBERS = ["0", "0", "1", "0.5", "0.5", "-1", "2", "nan", "inf", "-inf", "1e-300", "1e300", "", "x", "1_0", "0x10",
            "10" * 20]
 PIXELS = ["32", "33", "40", "31", "1000000", "-1", "x"]
@@ -2156,10 +1989,8 @@ def command_line(module, chance):
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.slow)])
-@both_scripts
 @process
-def test_options_any_command_line_ends_with_0_or_2_and_never_a_traceback(
-        module, count, pictures, streets, tmp_path, monkeypatch, capsys):
+def test_options_any_command_line_ends_with_0_or_2(module, count, pictures, streets, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for kind in train.Shapes, segment.Scenes:
         monkeypatch.setattr(kind, "__len__", lambda self: 32)
