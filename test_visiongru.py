@@ -98,6 +98,7 @@ def assert_refused(message, function, *args, error=train.UserError):
 
 
 # The recurrence -------------------------------------------------------------------------------------------------------
+
 def random_coefficients(T, with_h0):
     """Random a, b and, if wanted, h0. Neither a nor b is contiguous in memory."""
     a, b = torch.rand(T, 2, 3).double().transpose(0, 1), torch.rand(2, T, 6).double()[..., 3:].add_(0.1)
@@ -170,6 +171,7 @@ def test_gradients_of_scan_and_mingru_are_as_accurate_as_the_loops(dtype, T, gat
 
 
 # minGRU and 2DGRU -----------------------------------------------------------------------------------------------------
+
 def mingru_by_hand(gru, x, h=0):
     """MinGRU's equations, one step after another. -> the outputs, and the states."""
     (W_h, W_z), states = gru.in_proj.weight.chunk(2), []
@@ -252,6 +254,7 @@ def test_half_precision_accumulates_in_float32_and_stays_finite_however_large_th
 
 
 # The whole model ------------------------------------------------------------------------------------------------------
+
 def release_names(model):
     """The names that the authors' release gives to the parameters of `model`, in the same order."""
     names = "\n".join(model.state_dict())
@@ -362,6 +365,7 @@ def test_stochastic_depth_grows_with_depth_and_activation_checkpointing_changes_
 
 
 # Export and compile ---------------------------------------------------------------------------------------------------
+
 any_size = pytest.mark.skipif(torch.__version__ < "2.8", reason="needs PyTorch 2.8")
 
 
@@ -459,6 +463,7 @@ def test_a_compiled_mingru_is_the_eager_one_in_few_kernels(amp, T, reverse):
 
 
 # load_weights ---------------------------------------------------------------------------------------------------------
+
 def same(model, state):
     return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -517,6 +522,7 @@ def test_what_does_not_fit_and_files_that_hold_no_weights_are_named_and_change_n
 
 
 # UPerNet --------------------------------------------------------------------------------------------------------------
+
 @torch.no_grad()
 def test_upernets_decoder_computes_what_its_docstring_says():
     head = micro_upernet().double().eval().decode_head
@@ -564,6 +570,7 @@ def test_the_authors_segmentation_checkpoints_load_into_upernet_and_its_backbone
 
 
 # Data: the built-in sets and the order of images ----------------------------------------------------------------------
+
 def test_a_built_in_image_depends_on_its_index_alone_and_its_mask_shows_the_shape():
     for kind, first, second in (train.Shapes, "train", "val"), (segment.Scenes, "training", "validation"):
         image, again, other = (kind(*given)[7][0] for given in ((first, 20), (first, 500), (second, 20)))
@@ -637,6 +644,7 @@ def test_options_default_to_the_papers_recipes():
 
 
 # Segmentation: label maps, crops, scores ------------------------------------------------------------------------------
+
 def write_labelled(root, split, name, rows, image=None, mode=None):
     """An image NAME.jpg and its label map NAME.png, of these rows."""
     rows = torch.as_tensor(rows)
@@ -830,6 +838,7 @@ def test_the_scripts_compile_parts_of_one_shape_once_and_validate_without(monkey
 
 
 # Whole runs of both scripts, on small pictures in three colours -------------------------------------------------------
+
 def picture_folder(root, train_classes, val_classes):
     """A data set of so many pictures of each class, which has a colour. After the 17th they come again."""
     for split, classes in (("train", train_classes), ("val", val_classes)):
@@ -1012,6 +1021,7 @@ def test_distributed_validation_of_an_odd_number_of_images_is_that_of_one_proces
 
 
 # -k options: the user's mistakes --------------------------------------------------------------------------------------
+
 def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_leave_out(tmp_path, capsys):
     root = picture_folder(tmp_path, dict(a=2, b=1), dict(a=1, b=1)) / "train"
     for name, target in ("self", "."), ("same", "."), ("up", "../.."), ("c.png", "0.png"), ("../b/a", "../a"):
@@ -1142,6 +1152,7 @@ def test_environments_with_too_few_file_descriptors_are_refused_before_they_hang
 
 
 # -k "resume or signals or pipes": a run that is killed, stopped or cut off --------------------------------------------
+
 def wait_for(found, process):
     """What found() is once it is true."""
     deadline = time.monotonic() + 100
@@ -1396,6 +1407,7 @@ def test_signals_given_twice_stop_at_once(workers, pictures, out):
 
 
 # -k distributed: several processes and hosts --------------------------------------------------------------------------
+
 @pytest.fixture(scope="session")
 def pair(pictures, tmp_path_factory):
     """A run of two processes on one host, left alone; without drop-path, which depends on the number of processes."""
@@ -1479,6 +1491,7 @@ def test_distributed_two_hosts_end_with_the_weights_of_one(pair, pictures, out, 
 
 
 # -k cuda --------------------------------------------------------------------------------------------------------------
+
 one_gpu, two_gpus = (pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs CUDA devices: {count}")
                      for count in (1, 2))
 
@@ -1531,6 +1544,7 @@ def test_cuda_distributed_two_devices_train_as_one_with_batchnorm_synchronized(m
 
 
 # -k reproducible: the same result in any shape of the machine ---------------------------------------------------------
+
 def largest_difference(out, alone):
     """Of the losses of two runs, whose rates and scores are the same."""
     pairs = list(zip(history(out), history(alone), strict=True))
@@ -1583,6 +1597,7 @@ def test_reproducible_images_augmented_and_mixed_alike_in_any_shape_of_the_machi
 
 
 # -k disk --------------------------------------------------------------------------------------------------------------
+
 def test_disk_a_file_size_limit_ends_the_run_with_an_error_and_leaves_the_checkpoint(module, words, runs, out, capsys):
     shutil.copytree(runs[module], out)
     before, longer = contents(out), {train: ("--epochs", 3), segment: ("--iters", 9)}[module]
@@ -1632,6 +1647,7 @@ def test_disk_a_folder_that_cannot_be_written_to_is_found_before_training(runs, 
 
 
 # -k "images or checkpoints": hostile and broken files -----------------------------------------------------------------
+
 def grey_ramp(mode):
     """0, 1/4, 1/2 and 3/4 of white, a column each, and white, in 16 bits."""
     ramp = torch.tensor([0, 16384, 32768, 49152, 65535]).expand(4, 5).contiguous()
@@ -1890,6 +1906,7 @@ def test_checkpoints_with_a_flipped_bit_are_refused_or_unharmed(tmp_path):
 
 
 # -k finite ------------------------------------------------------------------------------------------------------------
+
 @each_scan
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_finite_no_scan_and_no_mingru_gives_nan_at_saturated_gates(scan, dtype):
@@ -1953,6 +1970,7 @@ def test_finite_or_else_the_run_ends_and_nothing_is_saved(more, unsound, reason,
 
 
 # -k options: any command line -----------------------------------------------------------------------------------------
+
 NUMBERS = ["0", "0", "1", "0.5", "0.5", "-1", "2", "nan", "inf", "-inf", "1e-300", "1e300", "", "x", "1_0", "0x10",
            "10" * 20]
 PIXELS = ["32", "33", "40", "31", "1000000", "-1", "x"]
