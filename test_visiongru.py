@@ -500,7 +500,8 @@ def test_of_a_checkpoint_the_better_of_model_and_ema_loads_and_of_an_averaged_mo
     averaged, model = torch.optim.swa_utils.AveragedModel(VisionGRU(5, **MICRO)), VisionGRU(5, **MICRO)
     states = {"model": VisionGRU(5, **MICRO).state_dict(), "ema": averaged.module.state_dict()}
     for source, expected in (({**states, "better": better, "epoch": 3}, better), (states, "ema"),
-                             ({**states, "ema": None, "better": "model"}, "model"), (averaged.state_dict(), "ema")):
+                             ({**states, "ema": None, "better": "model"}, "model"), (averaged.state_dict(), "ema"),
+                             ({"model_state_dict": states["model"]}, "model")):
         assert load_weights(model, source) is model and same(model, states[expected])
 
 
@@ -676,6 +677,8 @@ ADE20K = b"Idx\tRatio\tTrain\tVal\tName\n1\t0.16\t9\t1\twall\n2\t0.11\t8\t1\tbui
     (labels([[0, 255]]), "--num-classes 2", "have no class besides ignored pixels.*--no-zero-is-ignore"),
     (labels([[0, 255]]), "--num-classes 2 --no-zero-is-ignore", "have only 'label 0' besides"),
     (labels([[0, 1]]), "--num-classes 2", "have only 'label 1' besides"),
+    (lambda root: ((root / LABELS).rename(root / LABELS.replace("a.png", "0.png")),  # one that several images share
+                   (root / LABELS).symlink_to("0.png")), THREE, FROM_1),
     (labels(ROWS), "--num-classes 2", "a.png has a pixel of label 3; expected 1 to 2, or 0 or 255 to ignore it"),
     (labels([[7, 300]]), "--num-classes 150", "a.png has a pixel of label 300; expected 1 to 150"),
     (labels(ROWS, "RGB"), "--num-classes 3", "cannot read the label map .*a.png: it has the channels .*; expected one"),
@@ -699,7 +702,7 @@ ADE20K = b"Idx\tRatio\tTrain\tVal\tName\n1\t0.16\t9\t1\twall\n2\t0.11\t8\t1\tbui
     (files(classes=b"a\nb\nc"), "--num-classes 2", "classes.txt has 3 names, 3 of them distinct; expected 2 dis"),
     (files(classes=b"sky\nsky\n"), "", "classes.txt has 2 names, 1 of them distinct; expected 1 to 254 dis"),
     (files(classes="\ufeffciel\n\u00e9tang\n".encode()), "", ["ciel", "\u00e9tang"]),  # by Windows' editor
-    (files(classes=b"sky\xff"), "", "--data .*: expected .* text in UTF-8: 'utf-8' codec can't decode")])
+    (files(classes=b"sky\xff"), "", "cannot read .*classes.txt, text in UTF-8: 'utf-8' codec can't decode")])
 def test_labels_and_class_names_are_read_by_the_rule_asked_for_or_the_fault_is_named(change, words, expected, tmp_path):
     write_labelled(tmp_path, "training", "a", ROWS)
     change(tmp_path)
@@ -739,9 +742,11 @@ def test_of_ten_crops_the_first_without_a_class_of_more_than_75_percent_is_taken
 
 def test_images_for_training_have_the_size_of_crops_and_for_validation_the_shorter_side():
     mask = torch.arange(4, dtype=torch.uint8).repeat_interleave(5).expand(20, 20).contiguous()
+    seen = set()
     for x, y, _ in crops(mask, 60, 20, "--short-side", 32, "--scale", 1, 0.5, "--distort", 1):
-        assert x.shape == (3, 32, 32) and set(y.unique().tolist()) <= {0, 1, 2, 3, 255}  # filled up, and not blurred
-        assert type(x) is type(y) is torch.Tensor
+        assert x.shape == (3, 32, 32) and type(x) is type(y) is torch.Tensor
+        seen |= set(y.unique().tolist())
+    assert seen == {0, 1, 2, 3, 255}  # small ones are filled up with what is ignored; labels are not blurred
     x, y = segment.eval_transform(40)(Image.new("RGB", (20, 20)), mask)
     assert x.shape == (3, 40, 40) and y is mask  # the score is taken at the label map's own size
     for size, short, expected in (((683, 512), 512, (512, 683)), ((480, 360), 512, (512, 683)),
@@ -972,7 +977,9 @@ def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, 
                 ["ant", "bee", "cat"], {"top1", "top5", "ema_top1", "ema_top5"}),
         segment: ([25, 50], "--iters 50 --eval-every 25 --lr 4e-3 --distort 0 --batch-size 8 --grad-accum-steps 2 "
                   "--save-every 7 --slide", ["red", "green", "blue"], {"miou", "mean_acc", "pixel_acc"})}[module]
+    monkeypatch.chdir(out.parent)  # where the scripts are not
     assert module.main(words("--drop-path", 0, *gently.split())) == 0
+    assert [(number, signal.getsignal(number)) for number, _ in HANDLERS] == HANDLERS
     printed, log, best = capsys.readouterr().out, history(out), train.load_checkpoint(out / "best.pt")
     assert [entry["step"] for entry in log] == steps and keys | {"loss", "lr", "images_per_s"} <= log[0].keys()
     assert all(entry["GiB"] == 1.5 for entry in log)
@@ -987,8 +994,8 @@ def test_a_run_learns_and_leaves_a_log_checkpoints_and_a_command(module, words, 
     assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
     told = re.findall(rf"^step (\d+) of {steps[-1]}: loss \d\.\d+, lr .* images/s$", printed, re.MULTILINE)
     assert 1 < len(told) < steps[-1] and [*map(int, told)] == sorted({*map(int, told)})  # once in a minute
-    _, _, *command = printed.splitlines()[-1].split()
-    assert command[0] == "--eval" and ("--slide" in command) == (module is segment)
+    _, script, *command = printed.splitlines()[-1].split()
+    assert script == module.__file__ and command[0] == "--eval" and ("--slide" in command) == (module is segment)
     assert module.main([*command, "--device", "cpu"]) == 0
     assert f"{best['best']:.2f}" in printed.splitlines()[-2] and f"{best['best']:.2f}" in capsys.readouterr().out
 
@@ -1006,6 +1013,10 @@ def test_fine_tuning_in_fp16_or_bf16_starts_from_a_classifier(module, more, pref
     last = train.load_checkpoint(out / "last.pt")
     assert bool(last["scaler"]) == (amp == "fp16")
     assert all(torch.equal(last["model"][prefix + name], start[name]) for name in start if not name.startswith("head."))
+    weights.unlink()  # a resumed run has weights of its own, and the model's size
+    again = words("--amp", amp, "--lr", 0, *more.split(), weights, "--resume", "auto")
+    at = again.index("--model")
+    assert module.main(again[:at] + again[at + 2:]) == 0
 
 
 @process
@@ -1032,7 +1043,8 @@ def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_
     args, split = train.parse_arguments(["--data", str(tmp_path)]), ["train"]
     images = [(str(Path(path).relative_to(root)), label) for path, label in train.open_data(args, split)[0].samples]
     assert images == [("a/0.png", 0), ("a/1.png", 0), ("a/camera.jfif", 0), ("b/0.png", 1), ("b/deep/a.gif", 1)]
-    assert re.fullmatch("note: 1 .*a/text.txt\nnote: 1 .*/loose.png\n", capsys.readouterr().out)
+    notes = "note: 1 .*a/text.txt\nnote: 1 .*skipped, the same file as another: .*a/c.png\nnote: 1 .*/loose.png\n"
+    assert re.fullmatch(notes, capsys.readouterr().out)
     for make in os.mkfifo, lambda path: path.symlink_to("absent"):
         make(bad := root / "a" / "x.png")
         assert_refused("a/x.png is a pipe, a device or a broken link; expected a file", train.open_data, args, split)
@@ -1040,22 +1052,26 @@ def test_folders_give_each_image_once_and_none_that_is_hidden_and_say_what_they_
         bad.unlink()
 
 
-def test_options_that_let_a_run_learn_little_and_a_kept_classifier_are_noted(pictures, out, tmp_path, capsys):
+def test_options_that_let_a_run_learn_little_are_noted(pictures, out, tmp_path, monkeypatch, capsys):
     weights, config = tmp_path / "weights.pt", {"classes": ["ant", "fly", "cat"]}
     torch.save({"model": micro_model(num_classes=3).state_dict(), "config": config}, weights)
     more = "--batch-size", 64, "--epochs", 1, "--weights", weights
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(clock))
     assert train.main(arguments(pictures, out, *more)) == 0
     notes = [
         f"{weights}: its classifier is kept, though the classes differ ('fly' where the data has 'bee')",
         "note: the learning rate never exceeds 0.00e+00 in this run of 1 steps: is the warm-up too long",
-        "note: --batch-size 64 is more than the 51 training images"]
+        "note: --batch-size 64 is more than the 51 training images", "step 1 of 1: loss 1."]
     lines = capsys.readouterr().out.splitlines()
     assert all(any(line.startswith(note) for line in lines) for note in notes)
 
 
-def test_names_of_files_and_classes_are_escaped_for_the_terminal_and_quoted_for_the_shell(tmp_path, capsys):
+def test_names_are_escaped_for_the_terminal_and_quoted_for_the_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
     evil, folder = "a\x1b]0;b\x07\x1b[2J\n\u202e", tmp_path / "b ;$(touch c)'d"
     data, out = picture_folder(folder / "data", {evil: 8, "b": 8}, {evil: 1, "b": 1}), folder / "run"
+    (data / "train" / evil / "0.png").rename(data / "train" / evil / os.fsdecode(b"\xe9.png"))  # not UTF-8
     assert train.main(arguments(data, out, "--epochs", 1)) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[:5] == ["python", "train.py", "--eval", "--weights", str(out / "best.pt")]
@@ -1086,7 +1102,7 @@ FOLDERS = {  # by the names in the table below: how many pictures of each class 
     (train, "--data {none}", r"expected \{train,val\}/<class>/<images> in it: there are no images in train"),
     (train, "--data {no_b}", "there are no images in b"),
     (train, "--data {one}", "train is the only class; are the class folders inside it"),
-    (train, "--data {others}", "different classes; in one of them only: b, c"),
+    (train, "--data {others}", "different classes .*; in one of them only: b, c"),
     (train, "--data {no_val}", "there are no images in val"),
     (train, "--grad-accum-steps 3",
      r"--batch-size 8: expected a multiple of 6, 1 process\(es\) x 3 micro-batch\(es\) x 2"),
@@ -1136,6 +1152,7 @@ def test_environments_that_torchrun_has_not_set_up_are_refused(variables, messag
                   "are out of shared memory."), "--shm-size=8g"),
     (OSError(24, "Too many open files"), "ulimit -n 4096"), (MemoryError(), "MemoryError: out of memory?"),
     (RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "use --no-compile"),
+    (RuntimeError("CppCompileError: C++ compile error\n\nCommand:\ng++"), "with Python's headers? Or use --no-compile"),
     (PermissionError(13, "Permission denied", "/a"), "Permission denied: '/a'\n")])
 def test_environments_that_lack_something_are_named_in_one_line_with_a_way_out(error, advice, capsys):
     assert train.report_error(error) == 2
@@ -1249,7 +1266,7 @@ def test_resume_or_refuse_never_overwrites_an_earlier_run_or_what_is_left_of_one
         out.mkdir(parents=True)
         (out / name).write_bytes(b"dear")
         for resume in (), ("--resume", runs[train] / "last.pt"), *auto:
-            advice = "add --resume auto to continue from .*last.pt" if name == "last.pt" else "remove it"
+            advice = "add --resume auto to continue from .*last.pt" if name == "last.pt" else "move it away"
             assert_refused(f"{name} already exists: {advice}, or choose another --out",
                            train.main, arguments(pictures, out, *resume))
         assert contents(out) == {out / name: b"dear"}
@@ -1303,7 +1320,9 @@ def test_resume_without_best_pt_and_with_other_files(module, words, runs, out, p
     assert best["best"] == score and said.format(score) in capsys.readouterr().out
     first, second, *_ = copy.glob(names)
     first.rename(tmp_path / "first"), second.rename(first), (tmp_path / "first").rename(second)
-    assert_refused(f"contents-of-{kind}-files was [0-9a-f]+ and is now", module.main, words)
+    changed = f"the contents of {kind} files are not those that {out}/last.pt was trained with"
+    assert_refused(f"{changed}; restore them, or accept these: --resume {out}/last.pt$", module.main, words)
+    assert module.main([*words, "--resume", f"{out}/last.pt"]) == 0 and f"note: {changed}" in capsys.readouterr().out
 
 
 def test_resume_with_other_iters_and_validations_goes_on_from_the_last_step(streets, out):
@@ -1311,18 +1330,21 @@ def test_resume_with_other_iters_and_validations_goes_on_from_the_last_step(stre
         more = "--iters", iters, "--eval-every", eval_every, "--resume", "auto"
         assert segment.main(seg_arguments(streets, out, *more)) == 0
         assert [line["step"] for line in history(out)] == validated
+        torch.save(train.load_checkpoint(out / "best.pt") | {"best": 200.0}, out / "best.pt")
+    assert train.load_checkpoint(out / "last.pt")["best"] == 200  # and nothing is better
 
 
 def test_resume_to_more_epochs_in_fp16_takes_their_rates_and_skips_overflow(runs, pictures, out, tmp_path, monkeypatch):
-    rates, train_step, before = {}, train.train_step, train.load_checkpoint(runs[train] / "last.pt")
+    rates, scales, train_step, before = {}, [], train.train_step, train.load_checkpoint(runs[train] / "last.pt")
     monkeypatch.setattr(train, "train_step", lambda run, *rest: (
-        rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), train_step(run, *rest)))
+        rates.setdefault(run.step, run.optimizer.param_groups[0]["lr"]), scales.append(run.scaler.get_scale()),
+        train_step(run, *rest)))
     torch.save(before | {"scaler": {"scale": 2.0**30, "_growth_tracker": 0}}, tmp_path / "from.pt")
     words = "--amp", "fp16", "--epochs", 6, "--resume", tmp_path / "from.pt"
     assert train.main(arguments(pictures, out, *words)) == 0
     assert rates == {step: 1e-3 * train.warmup_cosine(step, 36, 3) for step in range(12, 36)}
     after = train.load_checkpoint(out / "last.pt")
-    assert 2.0**8 < after["scaler"]["scale"] < 2.0**28  # some steps were skipped, and others not
+    assert scales[0] == 2.0**30 and 2.0**8 < after["scaler"]["scale"] < 2.0**28  # some steps were skipped, not all
     assert not torch.equal(after["model"]["head.weight"], before["model"]["head.weight"])
     assert all(value.isfinite().all() for value in [*after["model"].values(), *after["ema"].values()])
     assert len(history(out)) == 6 and (out / "best.pt").exists()
@@ -1964,7 +1986,8 @@ def test_finite_or_else_the_run_ends_and_nothing_is_saved(more, unsound, reason,
         train.main(arguments(pictures, out, "--save-every", 1, *more))
     step = int(re.search(r"step (\d+)", str(error.value))[1])
     last = out / "last.pt"
-    assert (f"from the unchanged {last}: --weights {last}" in str(error.value)) == last.exists()
+    start = out / "best.pt" if (out / "best.pt").exists() else last
+    assert (f"from the unchanged {start}: --weights {start}" in str(error.value)) == start.exists()
     saved = train.load_checkpoint(last) if last.exists() else {"step": 0, "model": {}}
     assert saved["step"] == step - 1 and all(value.isfinite().all() for value in saved["model"].values())
 
