@@ -378,7 +378,7 @@ class LabelledImages(Dataset):
         image, mask = common.read_image(image_path), self.read_mask(mask_path)
         if image.size != mask.shape[::-1]:
             raise UserError(f"{mask_path} is {mask.shape[1]} x {mask.shape[0]} pixels and its image {image_path} "
-                            f"{image.width} x {image.height}; expected the same")
+                            f"{image.width} x {image.height}, turned as its EXIF data say; expected the same")
         return self.transform(image, mask) if self.transform else (image, mask)
 
     def check_labels(self) -> None:
