@@ -514,7 +514,7 @@ class Run:
         """UserError if the data are other files now. --resume FILE accepts them, with a note: a user may have repaired
         one that could not be read."""
         for name in CONTENTS:
-            if config.get(name) != self.config.get(name, config.get(name)):
+            if name in config and self.config.get(name, config[name]) != config[name]:
                 changed = f"the {name.replace('_', ' ')} are not those that {path} was trained with"
                 if self.args.resume == "auto":
                     raise UserError(f"{changed}; restore them, or accept these: --resume {shlex.quote(str(path))}")

@@ -655,7 +655,8 @@ class _MinGRUScan(torch.autograd.Function):
         u, h, h0 = ctx.saved_tensors
         # decay(u), spelled differently from forward for the reason given in _in_scan_order.
         a = torch.sigmoid(-_at_least_float32(u[..., h.shape[-1]:]))
-        # h_{t-1}: h shifted by a step (a negative pad crops), with h0 in the gap. torch.compile fuses pads, not cat.
+        # h_{t-1}: h shifted by a step (a negative pad crops), with h0 in the gap. torch.compile fuses pads, not cat. In
+        # float32 the shift is larger than h, so torch.compile saves h alone and shifts it again here.
         h_before = F.pad(_at_least_float32(h), (0, 0, -1, 1) if ctx.reverse else (0, 0, 1, -1))
         if h0 is not None:
             T = h.shape[-2]
